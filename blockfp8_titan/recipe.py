@@ -1,0 +1,32 @@
+"""How one linear computes in fp8: the few choices that a rule in the TOML can make for it."""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+GemmBackend = Literal["auto", "triton", "cublas", "reference"]
+WeightGradient = Literal["fp8", "bf16", "fp8_block"]
+ScaleFormat = Literal["fp32", "pow2"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numerics and the backend of one blockwise-fp8 linear.
+
+    Raises:
+        ValueError: names the field, its value and the values allowed.
+    """
+
+    gemm_backend: GemmBackend = "auto"
+    """Who multiplies: "auto" takes what suits the device, "reference" is plain PyTorch (any device, slow)."""
+
+    wgrad: WeightGradient = "fp8"
+    """dw = dy^T x: "fp8" scales both operands per 1x128, "fp8_block" scales x per 128x128, "bf16" does not quantise."""
+
+    scale_format: ScaleFormat = "fp32"
+    """Dequantisation multipliers: "fp32" exact, "pow2" rounded up to a power of two."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), get_args(field.type)
+            if value not in allowed:
+                raise ValueError(f"{field.name} = {value!r}: must be one of {', '.join(map(repr, allowed))}")
