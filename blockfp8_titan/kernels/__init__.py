@@ -1,0 +1,1 @@
+"""Device code only; `ops` checks, allocates and launches."""

@@ -1,0 +1,76 @@
+"""BlockwiseFP8Linear: nn.Linear whose three GEMMs run in blockwise fp8."""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .autograd import blockwise_fp8_matmul
+from .formats import ALIGNMENT
+from .recipe import Recipe
+
+
+class BlockwiseFP8Linear(nn.Linear):
+    """y = x w^T + b with x and dy in 1x128 groups, w in 128x128 blocks, all e4m3, accumulated in fp32.
+
+    A subclass of nn.Linear with the same parameters and state dict: the master weight keeps its dtype, and what loads into or
+    wraps the one does so with the other. Quantisation happens in forward and backward.
+
+    Args:
+        in_features: K, a positive multiple of 16.
+        out_features: N, a positive multiple of 16.
+        bias: adds a learnt [N] to y, in y's dtype.
+        recipe: numerics and backend.
+        device: of the parameters.
+        dtype: of the parameters: bf16 or fp32.
+    Shape:
+        [..., K] bf16 or fp32, any number of tokens from 0 up -> [..., N] in autocast's dtype where it is on, else the input's.
+    Raises:
+        ValueError: names the argument, its value and the requirement.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        recipe: Recipe = Recipe(),
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_features(in_features, out_features)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.recipe = recipe
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, recipe: Recipe = Recipe()) -> "BlockwiseFP8Linear":
+        """A blockwise-fp8 twin of a linear: it shares the parameters and takes over hooks and mode; any device, meta included.
+
+        Raises:
+            ValueError: in_features or out_features is not a positive multiple of 16.
+        """
+        _check_features(linear.in_features, linear.out_features)
+        twin = cls.__new__(cls)
+        # A module's state is its __dict__; registries are copied, so that what is registered on one is not on the other.
+        twin.__dict__ = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(linear).items()}
+        twin.recipe = recipe
+        return twin
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = blockwise_fp8_matmul(input, self.weight, self.recipe)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def extra_repr(self) -> str:
+        recipe = self.recipe
+        return (
+            f"{super().extra_repr()}, gemm_backend={recipe.gemm_backend}, wgrad={recipe.wgrad}, scale_format={recipe.scale_format}"
+        )
+
+
+def _check_features(in_features: int, out_features: int) -> None:
+    for name, features in (("in_features", in_features), ("out_features", out_features)):
+        if features <= 0 or features % ALIGNMENT:
+            raise ValueError(
+                f"{name} = {features}: must be a positive multiple of {ALIGNMENT}, the unit in which fp8 tensor cores read rows; "
+                "keep this layer an nn.Linear"
+            )

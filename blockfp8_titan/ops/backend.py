@@ -1,0 +1,82 @@
+"""Who computes: which backend a device can run, and which one "auto" takes. The one place that chooses."""
+
+from functools import cache
+from typing import Literal
+
+import torch
+
+from ..recipe import GemmBackend
+
+ResolvedBackend = Literal["triton", "cublas", "reference"]
+
+
+@cache
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on this device; None where they can."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"it needs a CUDA GPU of compute capability 8.9 or higher, the device is {device.type}"
+    if torch.version.hip:
+        return "it needs NVIDIA's e4m3fn, the device is an AMD GPU"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        return f"it needs compute capability 8.9 or higher, {torch.cuda.get_device_name(device)} has {_dotted(capability)}"
+    return None
+
+
+@cache
+def cublas_obstacle(device: torch.device) -> str | None:
+    """Why cuBLASLt's blockwise GEMM cannot run on this device; None where it can."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
+        return f"it needs an NVIDIA Hopper GPU, the device is {device.type}"
+    if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
+        return (
+            f"it needs an NVIDIA Hopper GPU (compute capability 9.0), {torch.cuda.get_device_name(device)} "
+            f"has {_dotted(capability)}"
+        )
+    if not hasattr(torch.nn.functional, "scaled_mm"):
+        return f"it needs torch.nn.functional.scaled_mm (torch 2.10 or newer), this is torch {torch.__version__}"
+    if tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2])) < (12, 9):
+        return f"it needs CUDA 12.9 or newer, torch was built with {torch.version.cuda}"
+    return None
+
+
+def resolve_gemm_backend(requested: GemmBackend, device: torch.device) -> ResolvedBackend:
+    """The backend that multiplies on this device.
+
+    Under "auto": cuBLASLt on Hopper, Triton on other GPUs that have e4m3, the reference elsewhere. A shape that cuBLASLt does
+    not take (see `ops.gemm`) goes to Triton under "auto".
+
+    Raises:
+        ValueError: the device cannot run the backend requested.
+    """
+    obstacles = {"cublas": cublas_obstacle(device), "triton": triton_obstacle(device), "reference": None}
+    if requested == "auto":
+        return next(name for name, obstacle in obstacles.items() if obstacle is None)
+    if obstacle := obstacles[requested]:
+        raise ValueError(f'gemm_backend = "{requested}": {obstacle}; use "auto" or "reference"')
+    return requested
+
+
+def resolve_quantize_backend(device: torch.device) -> Literal["triton", "reference"]:
+    """The backend that quantises on this device: Triton wherever it runs."""
+    return "triton" if triton_obstacle(device) is None else "reference"
+
+
+def describe_gemm_backend(requested: GemmBackend, device: torch.device) -> str:
+    """One line for a log: which backend multiplies on this device, and why.
+
+    Raises:
+        ValueError: as `resolve_gemm_backend`.
+    """
+    backend = resolve_gemm_backend(requested, device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
+    why = "chosen by auto" if requested == "auto" else "as configured"
+    notes = {
+        "cublas": "; shapes that cuBLASLt does not take go to Triton" if requested == "auto" else "",
+        "triton": "",
+        "reference": " (plain PyTorch: exact numerics, no speed)",
+    }
+    return f"{backend} on {where}, {why}{notes[backend]}"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

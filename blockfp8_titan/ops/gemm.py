@@ -1,0 +1,203 @@
+"""Blockwise-scaled GEMMs: checks, backend choice, launch.
+
+Named by the granularity of a and of b: y and dx are 1x128 times 128x128, dw is 1x128 times 1x128.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..formats import ALIGNMENT, BLOCK, ceil_div
+from ..recipe import GemmBackend
+from .backend import ResolvedBackend, resolve_gemm_backend
+from .library import check_matrix, define, on_device_of
+
+_E4M3 = torch.float8_e4m3fn
+
+
+def gemm_1x128_128x128(
+    a_q: Tensor,
+    a_dq: Tensor,
+    b_q: Tensor,
+    b_dq: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+    *,
+    backend: GemmBackend = "auto",
+) -> Tensor:
+    """a b^T, accumulated in fp32 with one promotion per 128 of K.
+
+    a ~= a_q * a_dq[:, k // 128];  b ~= b_q * b_dq[n // 128, k // 128]
+
+    Args:
+        a_q:  [M, K] float8_e4m3fn, rows contiguous.
+        a_dq: [M, ceil(K/128)] fp32, M-contiguous.
+        b_q:  [N, K] float8_e4m3fn, rows contiguous.
+        b_dq: [ceil(N/128), ceil(K/128)] fp32.
+        out_dtype: bf16 or fp32.
+        backend: who multiplies, see `Recipe.gemm_backend`.
+    Returns:
+        [M, N] in out_dtype, row-major.
+    Raises:
+        ValueError: names the argument, its value and the requirement; or the backend, and why it cannot run here.
+    """
+    _check(a_q, a_dq, b_q, b_dq, ceil_div(b_q.shape[0], BLOCK), out_dtype)
+    return torch.ops.blockfp8.gemm_1x128_128x128(a_q, a_dq, b_q, b_dq, out_dtype, backend)
+
+
+def gemm_1x128_1x128(
+    a_q: Tensor,
+    a_dq: Tensor,
+    b_q: Tensor,
+    b_dq: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+    *,
+    backend: GemmBackend = "auto",
+) -> Tensor:
+    """a b^T, accumulated in fp32 with one promotion per 128 of K.
+
+    a ~= a_q * a_dq[:, k // 128];  b ~= b_q * b_dq[:, k // 128]
+
+    Args:
+        a_q:  [M, K] float8_e4m3fn, rows contiguous.
+        a_dq: [M, ceil(K/128)] fp32, M-contiguous.
+        b_q:  [N, K] float8_e4m3fn, rows contiguous.
+        b_dq: [N, ceil(K/128)] fp32, N-contiguous.
+        out_dtype: bf16 or fp32.
+        backend: who multiplies, see `Recipe.gemm_backend`.
+    Returns:
+        [M, N] in out_dtype, row-major.
+    Raises:
+        ValueError: names the argument, its value and the requirement; or the backend, and why it cannot run here.
+    """
+    _check(a_q, a_dq, b_q, b_dq, b_q.shape[0], out_dtype)
+    return torch.ops.blockfp8.gemm_1x128_1x128(a_q, a_dq, b_q, b_dq, out_dtype, backend)
+
+
+def _check(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_dq_rows: int, out_dtype: torch.dtype) -> None:
+    check_matrix("a_q", a_q, (_E4M3,))
+    check_matrix("b_q", b_q, (_E4M3,))
+    if a_q.shape[1] != b_q.shape[1]:
+        raise ValueError(f"a_q has shape {tuple(a_q.shape)} and b_q {tuple(b_q.shape)}: their second dimensions, K, must agree")
+    blocks = ceil_div(a_q.shape[1], BLOCK)
+    for name, dq, rows in (("a_dq", a_dq, a_q.shape[0]), ("b_dq", b_dq, b_dq_rows)):
+        check_matrix(name, dq, (torch.float32,))
+        if dq.shape[0] != rows or dq.shape[1] != blocks:
+            raise ValueError(f"{name} has shape {tuple(dq.shape)}: must be {(rows, blocks)} for its payload")
+    if out_dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"out_dtype = {out_dtype}: must be torch.bfloat16 or torch.float32")
+
+
+def _cublas_misfit(a_q: Tensor, b_q: Tensor) -> str | None:
+    """Why cuBLASLt does not take these shapes; None where it does."""
+    (M, K), N = a_q.shape, b_q.shape[0]
+    sizes = {"M": M, "N": N, "K": K}
+    return next(
+        (f"{name} = {size} is not a positive multiple of {ALIGNMENT}" for name, size in sizes.items() if not size or size % ALIGNMENT),
+        None,
+    )
+
+
+def _choose(a_q: Tensor, b_q: Tensor, backend: GemmBackend) -> ResolvedBackend:
+    chosen = resolve_gemm_backend(backend, a_q.device)
+    if chosen == "cublas" and (misfit := _cublas_misfit(a_q, b_q)):
+        if backend == "cublas":
+            raise ValueError(f'gemm_backend = "cublas": {misfit}; use "auto", which gives such shapes to Triton')
+        return "triton"
+    return chosen
+
+
+def _fake(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
+    return a_q.new_empty((a_q.shape[0], b_q.shape[0]), dtype=out_dtype)
+
+
+def _reference_1x128_128x128(a_q, a_dq, b_q, b_dq, out_dtype, backend):
+    resolve_gemm_backend(backend, a_q.device)
+    return reference.gemm_1x128_128x128(a_q, a_dq, b_q, b_dq, out_dtype)
+
+
+def _reference_1x128_1x128(a_q, a_dq, b_q, b_dq, out_dtype, backend):
+    resolve_gemm_backend(backend, a_q.device)
+    return reference.gemm_1x128_1x128(a_q, a_dq, b_q, b_dq, out_dtype)
+
+
+def _cuda_1x128_128x128(a_q, a_dq, b_q, b_dq, out_dtype, backend):
+    match _choose(a_q, b_q, backend):
+        case "reference":
+            return reference.gemm_1x128_128x128(a_q, a_dq, b_q, b_dq, out_dtype)
+        case "cublas":
+            # cuBLASLt reads these multipliers along K and wants that stride to be a multiple of four.
+            b_dq = F.pad(b_dq, (0, -b_dq.shape[1] % 4)).contiguous().t()
+            return _cublas(a_q, a_dq, b_q, b_dq, F.ScalingType.BlockWise128x128, out_dtype)
+        case "triton":
+            return _triton(a_q, a_dq, b_q, b_dq, False, out_dtype)
+
+
+def _cuda_1x128_1x128(a_q, a_dq, b_q, b_dq, out_dtype, backend):
+    match _choose(a_q, b_q, backend):
+        case "reference":
+            return reference.gemm_1x128_1x128(a_q, a_dq, b_q, b_dq, out_dtype)
+        case "cublas":
+            return _cublas(a_q, a_dq, b_q, _column_major(b_dq), F.ScalingType.BlockWise1x128, out_dtype)
+        case "triton":
+            return _triton(a_q, a_dq, b_q, b_dq, True, out_dtype)
+
+
+def _column_major(dq: Tensor) -> Tensor:
+    return dq.t().contiguous().t()
+
+
+def _cublas(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_scaling: object, out_dtype: torch.dtype) -> Tensor:
+    return F.scaled_mm(
+        a_q, b_q.t(), _column_major(a_dq), F.ScalingType.BlockWise1x128, b_dq, b_scaling, output_dtype=out_dtype
+    )
+
+
+def _triton(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_per_row: bool, out_dtype: torch.dtype) -> Tensor:
+    from ..kernels.gemm import _gemm_kernel
+
+    (M, K), N = a_q.shape, b_q.shape[0]
+    out = a_q.new_empty((M, N), dtype=out_dtype)
+    if out.numel() == 0:
+        return out
+    properties = torch.cuda.get_device_properties(a_q.device)
+    # Half tiles where whole ones would leave multiprocessors idle.
+    block_m = 128 if ceil_div(M, 128) * ceil_div(N, 128) >= properties.multi_processor_count else 64
+    with on_device_of(a_q):
+        _gemm_kernel[(ceil_div(M, block_m) * ceil_div(N, 128),)](
+            a_q,
+            a_dq,
+            b_q,
+            b_dq,
+            out,
+            M,
+            N,
+            K,
+            a_q.stride(0),
+            b_q.stride(0),
+            a_dq.stride(0),
+            a_dq.stride(1),
+            b_dq.stride(0),
+            b_dq.stride(1),
+            B_PER_ROW=b_per_row,
+            WHOLE_K=K % BLOCK == 0,
+            BLOCK_M=block_m,
+            BLOCK_N=128,
+            GROUP_M=8,
+            num_warps=8 if block_m == 128 else 4,
+            # A stage takes 32 KiB of shared memory: Hopper's and datacenter Blackwell's 227 KiB hold four, others' 99 KiB three.
+            num_stages=4 if properties.major in (9, 10) else 3,
+        )
+    return out
+
+
+for _name, _reference, _cuda in (
+    ("gemm_1x128_128x128", _reference_1x128_128x128, _cuda_1x128_128x128),
+    ("gemm_1x128_1x128", _reference_1x128_1x128, _cuda_1x128_1x128),
+):
+    define(
+        f"{_name}(Tensor a_q, Tensor a_dq, Tensor b_q, Tensor b_dq, ScalarType out_dtype, str backend) -> Tensor",
+        reference=_reference,
+        cuda=_cuda,
+        fake=_fake,
+    )

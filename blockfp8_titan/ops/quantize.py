@@ -1,0 +1,280 @@
+"""Quantisation and transposition: checks, allocation, launch.
+
+`x ~= x_q * x_dq` per block; payloads are float8_e4m3fn, multipliers fp32. Multipliers per DeepSeek-V3 (arXiv:2412.19437, section
+3.3.2): 1x128 for activations and gradients, 128x128 for weights. `backend` is "auto" (Triton on GPUs that have e4m3) or
+"reference" (plain PyTorch).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..formats import ALIGNMENT, BLOCK, ceil_div, round_up
+from ..recipe import ScaleFormat
+from .backend import resolve_quantize_backend
+from .library import check_aligned, check_matrix, define, on_device_of
+
+QuantizeBackend = Literal["auto", "reference"]
+
+_FLOATS = (torch.bfloat16, torch.float32)
+_E4M3 = torch.float8_e4m3fn
+
+
+def quantize_1x128(x: Tensor, scale_format: ScaleFormat = "fp32", *, backend: QuantizeBackend = "auto") -> tuple[Tensor, Tensor]:
+    """Quantise rows of x in groups of 128.
+
+    x ~= x_q * x_dq[:, k // 128]
+
+    Args:
+        x: [M, K] bf16 or fp32; K % 16 == 0.
+        scale_format: "fp32", or "pow2" to round multipliers up to powers of two.
+    Returns:
+        x_q:  [M, K] float8_e4m3fn, row-major.
+        x_dq: [M, ceil(K/128)] fp32, M-contiguous.
+    Raises:
+        ValueError: names the argument, its value and the requirement.
+    """
+    check_matrix("x", x, _FLOATS)
+    check_aligned("x", x, 1)
+    return torch.ops.blockfp8.quantize_1x128(x, scale_format, backend)
+
+
+def quantize_1x128_both(
+    x: Tensor, scale_format: ScaleFormat = "fp32", *, backend: QuantizeBackend = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantise x in groups of 128 along K and, from the same read, its transpose in groups of 128 along M.
+
+    x ~= x_q * x_dq[:, k // 128];  x^T ~= xt_q * xt_dq[:, m // 128]
+
+    Args:
+        x: [M, K] bf16 or fp32; K % 16 == 0.
+        scale_format: "fp32", or "pow2" to round multipliers up to powers of two.
+    Returns:
+        x_q:   [M, K] float8_e4m3fn, row-major.
+        x_dq:  [M, ceil(K/128)] fp32, M-contiguous.
+        xt_q:  [K, M] float8_e4m3fn, rows at multiples of 16 bytes (padding is zero).
+        xt_dq: [K, ceil(M/128)] fp32, K-contiguous.
+    Raises:
+        ValueError: names the argument, its value and the requirement.
+    """
+    check_matrix("x", x, _FLOATS)
+    check_aligned("x", x, 1)
+    return torch.ops.blockfp8.quantize_1x128_both(x, scale_format, backend)
+
+
+def quantize_128x128(w: Tensor, scale_format: ScaleFormat = "fp32", *, backend: QuantizeBackend = "auto") -> tuple[Tensor, Tensor]:
+    """Quantise w in square blocks of 128.
+
+    w ~= w_q * w_dq[n // 128, k // 128]; w^T ~= w_q^T * w_dq^T holds as well.
+
+    Args:
+        w: [N, K] bf16 or fp32; K % 16 == 0.
+        scale_format: "fp32", or "pow2" to round multipliers up to powers of two.
+    Returns:
+        w_q:  [N, K] float8_e4m3fn, row-major.
+        w_dq: [ceil(N/128), ceil(K/128)] fp32, row-major.
+    Raises:
+        ValueError: names the argument, its value and the requirement.
+    """
+    check_matrix("w", w, _FLOATS)
+    check_aligned("w", w, 1)
+    return torch.ops.blockfp8.quantize_128x128(w, scale_format, backend)
+
+
+def transpose_fp8(w_q: Tensor) -> Tensor:
+    """Transpose a payload: the fp8 tensor cores of Hopper read both operands along the contraction.
+
+    Args:
+        w_q: [N, K] float8_e4m3fn.
+    Returns:
+        [K, N] float8_e4m3fn, rows at multiples of 16 bytes (row-major where N % 16 == 0; otherwise the padding is zero).
+    Raises:
+        ValueError: names the argument, its value and the requirement.
+    """
+    check_matrix("w_q", w_q, (_E4M3,))
+    return torch.ops.blockfp8.transpose_fp8(w_q)
+
+
+# Allocation: the fake kernels are these alone, so that shapes and strides cannot differ from the real ones.
+
+
+def _row_major(rows: Tensor, m: int, k: int) -> Tensor:
+    return rows.new_empty((m, k), dtype=_E4M3)
+
+
+def _aligned_rows(like: Tensor, m: int, k: int) -> Tensor:
+    return like.new_empty((m, round_up(k, ALIGNMENT)), dtype=_E4M3)[:, :k]
+
+
+def _column_major(like: Tensor, m: int, k: int) -> Tensor:
+    return like.new_empty((ceil_div(k, BLOCK), m), dtype=torch.float32).t()
+
+
+def _allocate_1x128(x: Tensor, scale_format: str, backend: str) -> tuple[Tensor, Tensor]:
+    M, K = x.shape
+    return _row_major(x, M, K), _column_major(x, M, K)
+
+
+def _allocate_1x128_both(x: Tensor, scale_format: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    M, K = x.shape
+    return _row_major(x, M, K), _column_major(x, M, K), _aligned_rows(x, K, M), _column_major(x, K, M)
+
+
+def _allocate_128x128(w: Tensor, scale_format: str, backend: str) -> tuple[Tensor, Tensor]:
+    N, K = w.shape
+    return _row_major(w, N, K), w.new_empty((ceil_div(N, BLOCK), ceil_div(K, BLOCK)), dtype=torch.float32)
+
+
+def _allocate_transposed(w_q: Tensor) -> Tensor:
+    N, K = w_q.shape
+    return _aligned_rows(w_q, K, N)
+
+
+def _fill(out: Tensor, value: Tensor) -> Tensor:
+    """Copy value into out, zeros into the padding of out's rows."""
+    if out.dtype == _E4M3 and out.numel() and out.stride(0) != out.shape[1]:
+        out.as_strided((out.shape[0], out.stride(0)), (out.stride(0), 1)).view(torch.uint8).zero_()
+    return out.copy_(value)
+
+
+# Reference
+
+
+def _reference_1x128(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
+    outs = _allocate_1x128(x, scale_format, backend)
+    return tuple(map(_fill, outs, reference.quantize_1x128(x, scale_format)))
+
+
+def _reference_1x128_both(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
+    outs = _allocate_1x128_both(x, scale_format, backend)
+    return tuple(map(_fill, outs, reference.quantize_1x128_both(x, scale_format)))
+
+
+def _reference_128x128(w: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
+    outs = _allocate_128x128(w, scale_format, backend)
+    return tuple(map(_fill, outs, reference.quantize_128x128(w, scale_format)))
+
+
+def _reference_transpose(w_q: Tensor) -> Tensor:
+    return _fill(_allocate_transposed(w_q), reference.transpose_fp8(w_q))
+
+
+# CUDA
+
+
+def _use_reference(x: Tensor, backend: str) -> bool:
+    return backend == "reference" or resolve_quantize_backend(x.device) == "reference"
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself where its rows are contiguous, else a copy."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _grid(m: int, k: int) -> tuple[int, int]:
+    return ceil_div(k, BLOCK), ceil_div(m, BLOCK)
+
+
+def _cuda_1x128(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
+    if _use_reference(x, backend):
+        return _reference_1x128(x, scale_format, backend)
+    x_q, x_dq = _allocate_1x128(x, scale_format, backend)
+    _launch_1x128(_rows(x), x_q, x_dq, None, None, scale_format)
+    return x_q, x_dq
+
+
+def _cuda_1x128_both(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
+    if _use_reference(x, backend):
+        return _reference_1x128_both(x, scale_format, backend)
+    x_q, x_dq, xt_q, xt_dq = _allocate_1x128_both(x, scale_format, backend)
+    _launch_1x128(_rows(x), x_q, x_dq, xt_q, xt_dq, scale_format)
+    return x_q, x_dq, xt_q, xt_dq
+
+
+def _launch_1x128(
+    x: Tensor, x_q: Tensor, x_dq: Tensor, xt_q: Tensor | None, xt_dq: Tensor | None, scale_format: ScaleFormat
+) -> None:
+    from ..kernels.quantize import _quantize_1x128_kernel
+
+    M, K = x.shape
+    if M == 0:
+        return
+    both = xt_q is not None
+    xt_stride = round_up(M, ALIGNMENT)
+    with on_device_of(x):
+        _quantize_1x128_kernel[_grid(M, K)](
+            x,
+            x_q,
+            x_dq,
+            xt_q if both else x_q,
+            xt_dq if both else x_dq,
+            M,
+            K,
+            x.stride(0),
+            xt_stride,
+            BOTH=both,
+            PADDED=both and xt_stride != M,
+            POW2=scale_format == "pow2",
+            num_warps=8,
+        )
+
+
+def _cuda_128x128(w: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
+    if _use_reference(w, backend):
+        return _reference_128x128(w, scale_format, backend)
+    from ..kernels.quantize import _quantize_128x128_kernel
+
+    w_q, w_dq = _allocate_128x128(w, scale_format, backend)
+    w = _rows(w)
+    N, K = w.shape
+    if N:
+        with on_device_of(w):
+            _quantize_128x128_kernel[_grid(N, K)](
+                w, w_q, w_dq, N, K, w.stride(0), POW2=scale_format == "pow2", num_warps=8
+            )
+    return w_q, w_dq
+
+
+def _cuda_transpose(w_q: Tensor) -> Tensor:
+    if _use_reference(w_q, "auto"):
+        return _reference_transpose(w_q)
+    from ..kernels.quantize import _transpose_kernel
+
+    out = _allocate_transposed(w_q)
+    w_q = _rows(w_q)
+    N, K = w_q.shape
+    if w_q.numel():
+        # As bytes: a transposition computes nothing, and Triton moves bytes on every GPU.
+        with on_device_of(w_q):
+            _transpose_kernel[_grid(N, K)](
+                w_q.view(torch.uint8), out.view(torch.uint8), N, K, w_q.stride(0), out.stride(0), num_warps=8
+            )
+    return out
+
+
+define(
+    "quantize_1x128(Tensor x, str scale_format, str backend) -> (Tensor, Tensor)",
+    reference=_reference_1x128,
+    cuda=_cuda_1x128,
+    fake=_allocate_1x128,
+)
+define(
+    "quantize_1x128_both(Tensor x, str scale_format, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference_1x128_both,
+    cuda=_cuda_1x128_both,
+    fake=_allocate_1x128_both,
+)
+define(
+    "quantize_128x128(Tensor w, str scale_format, str backend) -> (Tensor, Tensor)",
+    reference=_reference_128x128,
+    cuda=_cuda_128x128,
+    fake=_allocate_128x128,
+)
+define(
+    "transpose_fp8(Tensor w_q) -> Tensor",
+    reference=_reference_transpose,
+    cuda=_cuda_transpose,
+    fake=_allocate_transposed,
+)

@@ -1,0 +1,120 @@
+"""PyTorch twin of every op: the CPU path and the tests' oracle.
+
+The twins say what the ops mean and allocate freely; `ops` gives their results the promised memory layouts.
+Names and shapes: x [M,K], w [N,K]; `_q` is a float8_e4m3fn payload, `_dq` the fp32 multiplier that dequantises it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .formats import BLOCK, E4M3_MAX, EPS, ceil_div
+from .recipe import ScaleFormat
+
+
+def block_multiplier(amax: Tensor, scale_format: ScaleFormat) -> Tensor:
+    """The dequantisation multiplier of blocks whose largest magnitudes are `amax`.
+
+    dq = max(amax, EPS) / 448, under "pow2" rounded up to a power of two; NaN where amax is NaN or Inf, so that a block that
+    held either dequantises to NaN and never to a finite number.
+
+    Args:
+        amax: fp32, any shape, >= 0 or NaN.
+    Returns:
+        fp32, amax's shape.
+    """
+    # A tensor as divisor: CUDA turns division by a Python number into multiplication by its rounded reciprocal.
+    dq = amax.clamp_min(EPS) / torch.full_like(amax, E4M3_MAX)
+    if scale_format == "pow2":
+        # dq is a normal fp32: carrying any mantissa bit into the exponent and clearing the mantissa rounds up.
+        dq = ((dq.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return torch.where(amax.isfinite(), dq, torch.nan)
+
+
+def _to_e4m3(scaled: Tensor) -> Tensor:
+    # The cast of a negative NaN keeps its sign on CPUs and loses it on GPUs; ours is always 0x7F.
+    scaled = torch.where(scaled.isnan(), torch.nan, scaled.clamp(-E4M3_MAX, E4M3_MAX))
+    return scaled.to(torch.float8_e4m3fn)
+
+
+def quantize_1x128(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor]:
+    """Quantise the rows of x in groups of 128: x ~= x_q * x_dq[:, k // 128].
+
+    Args:
+        x: [M, K] bf16 or fp32.
+    Returns:
+        x_q: [M, K] float8_e4m3fn.
+        x_dq: [M, ceil(K/128)] fp32.
+    """
+    M, K = x.shape
+    groups = F.pad(x.float(), (0, -K % BLOCK)).view(M, ceil_div(K, BLOCK), BLOCK)
+    x_dq = block_multiplier(groups.abs().amax(-1), scale_format)
+    return _to_e4m3(groups / x_dq[..., None]).flatten(1)[:, :K], x_dq
+
+
+def quantize_1x128_both(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantise x along its rows and, separately, its transpose along the rows of that.
+
+    Args:
+        x: [M, K] bf16 or fp32.
+    Returns:
+        x_q, x_dq: as `quantize_1x128(x)`.
+        xt_q, xt_dq: as `quantize_1x128(x.t())`: [K, M] float8_e4m3fn and [K, ceil(M/128)] fp32.
+    """
+    return *quantize_1x128(x, scale_format), *quantize_1x128(x.t(), scale_format)
+
+
+def quantize_128x128(w: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor]:
+    """Quantise w in square blocks: w ~= w_q * w_dq[n // 128, k // 128].
+
+    Args:
+        w: [N, K] bf16 or fp32.
+    Returns:
+        w_q: [N, K] float8_e4m3fn.
+        w_dq: [ceil(N/128), ceil(K/128)] fp32.
+    """
+    N, K = w.shape
+    blocks = F.pad(w.float(), (0, -K % BLOCK, 0, -N % BLOCK))
+    blocks = blocks.view(ceil_div(N, BLOCK), BLOCK, ceil_div(K, BLOCK), BLOCK)
+    w_dq = block_multiplier(blocks.abs().amax((1, 3)), scale_format)
+    w_q = _to_e4m3(blocks / w_dq[:, None, :, None])
+    return w_q.flatten(2).flatten(0, 1)[:N, :K], w_dq
+
+
+def transpose_fp8(w_q: Tensor) -> Tensor:
+    """[N, K] float8_e4m3fn -> [K, N], row-major."""
+    return w_q.t().contiguous()
+
+
+def dequantize_1x128(q: Tensor, dq: Tensor) -> Tensor:
+    """[M, K] float8_e4m3fn and [M, ceil(K/128)] fp32 -> [M, K] fp32."""
+    return q.float() * dq.repeat_interleave(BLOCK, 1)[:, : q.shape[1]]
+
+
+def dequantize_128x128(q: Tensor, dq: Tensor) -> Tensor:
+    """[N, K] float8_e4m3fn and [ceil(N/128), ceil(K/128)] fp32 -> [N, K] fp32."""
+    return dequantize_1x128(q, dq.repeat_interleave(BLOCK, 0)[: q.shape[0]])
+
+
+def gemm_1x128_128x128(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """a b^T in fp32 of the dequantised operands.
+
+    Args:
+        a_q, a_dq: a [M, K] in groups of 1x128.
+        b_q, b_dq: b [N, K] in blocks of 128x128.
+    Returns:
+        [M, N] in out_dtype.
+    """
+    return (dequantize_1x128(a_q, a_dq) @ dequantize_128x128(b_q, b_dq).t()).to(out_dtype)
+
+
+def gemm_1x128_1x128(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """a b^T in fp32 of the dequantised operands.
+
+    Args:
+        a_q, a_dq: a [M, K] in groups of 1x128.
+        b_q, b_dq: b [N, K] in groups of 1x128.
+    Returns:
+        [M, N] in out_dtype.
+    """
+    return (dequantize_1x128(a_q, a_dq) @ dequantize_1x128(b_q, b_dq).t()).to(out_dtype)
