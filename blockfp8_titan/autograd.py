@@ -107,7 +107,9 @@ def blockwise_fp8_matmul(x: Tensor, w: Tensor, recipe: Recipe) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         out_dtype = torch.get_autocast_dtype(x.device.type)
         if out_dtype not in _FLOATS:
-            raise ValueError(f"autocast's dtype is {out_dtype}: a blockwise-fp8 linear computes bf16 or fp32; use autocast to bf16")
+            raise ValueError(
+                f"autocast's dtype is {out_dtype}: a blockwise-fp8 linear computes bf16 or fp32; use autocast to bf16"
+            )
     wants_dw = torch.is_grad_enabled() and w.requires_grad
     y = _BlockwiseFP8Matmul.apply(
         x.reshape(-1, x.shape[-1]), w, out_dtype, wants_dw, recipe.gemm_backend, recipe.wgrad, recipe.scale_format

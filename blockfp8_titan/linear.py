@@ -52,7 +52,9 @@ class BlockwiseFP8Linear(nn.Linear):
         _check_features(linear.in_features, linear.out_features)
         twin = cls.__new__(cls)
         # A module's state is its __dict__; registries are copied, so that what is registered on one is not on the other.
-        twin.__dict__ = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(linear).items()}
+        twin.__dict__ = {
+            name: value.copy() if isinstance(value, dict) else value for name, value in vars(linear).items()
+        }
         twin.recipe = recipe
         return twin
 
@@ -62,9 +64,7 @@ class BlockwiseFP8Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         recipe = self.recipe
-        return (
-            f"{super().extra_repr()}, gemm_backend={recipe.gemm_backend}, wgrad={recipe.wgrad}, scale_format={recipe.scale_format}"
-        )
+        return f"{super().extra_repr()}, gemm_backend={recipe.gemm_backend}, wgrad={recipe.wgrad}, scale_format={recipe.scale_format}"
 
 
 def _check_features(in_features: int, out_features: int) -> None:

@@ -18,7 +18,9 @@ def triton_obstacle(device: torch.device) -> str | None:
     if torch.version.hip:
         return "it needs NVIDIA's e4m3fn, the device is an AMD GPU"
     if (capability := torch.cuda.get_device_capability(device)) < (8, 9):
-        return f"it needs compute capability 8.9 or higher, {torch.cuda.get_device_name(device)} has {_dotted(capability)}"
+        return (
+            f"it needs compute capability 8.9 or higher, {torch.cuda.get_device_name(device)} has {_dotted(capability)}"
+        )
     return None
 
 

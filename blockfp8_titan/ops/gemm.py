@@ -78,7 +78,9 @@ def _check(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_dq_rows: int,
     check_matrix("a_q", a_q, (_E4M3,))
     check_matrix("b_q", b_q, (_E4M3,))
     if a_q.shape[1] != b_q.shape[1]:
-        raise ValueError(f"a_q has shape {tuple(a_q.shape)} and b_q {tuple(b_q.shape)}: their second dimensions, K, must agree")
+        raise ValueError(
+            f"a_q has shape {tuple(a_q.shape)} and b_q {tuple(b_q.shape)}: their second dimensions, K, must agree"
+        )
     blocks = ceil_div(a_q.shape[1], BLOCK)
     for name, dq, rows in (("a_dq", a_dq, a_q.shape[0]), ("b_dq", b_dq, b_dq_rows)):
         check_matrix(name, dq, (torch.float32,))
@@ -93,7 +95,11 @@ def _cublas_misfit(a_q: Tensor, b_q: Tensor) -> str | None:
     (M, K), N = a_q.shape, b_q.shape[0]
     sizes = {"M": M, "N": N, "K": K}
     return next(
-        (f"{name} = {size} is not a positive multiple of {ALIGNMENT}" for name, size in sizes.items() if not size or size % ALIGNMENT),
+        (
+            f"{name} = {size} is not a positive multiple of {ALIGNMENT}"
+            for name, size in sizes.items()
+            if not size or size % ALIGNMENT
+        ),
         None,
     )
 

@@ -22,7 +22,9 @@ _FLOATS = (torch.bfloat16, torch.float32)
 _E4M3 = torch.float8_e4m3fn
 
 
-def quantize_1x128(x: Tensor, scale_format: ScaleFormat = "fp32", *, backend: QuantizeBackend = "auto") -> tuple[Tensor, Tensor]:
+def quantize_1x128(
+    x: Tensor, scale_format: ScaleFormat = "fp32", *, backend: QuantizeBackend = "auto"
+) -> tuple[Tensor, Tensor]:
     """Quantise rows of x in groups of 128.
 
     x ~= x_q * x_dq[:, k // 128]
@@ -64,7 +66,9 @@ def quantize_1x128_both(
     return torch.ops.blockfp8.quantize_1x128_both(x, scale_format, backend)
 
 
-def quantize_128x128(w: Tensor, scale_format: ScaleFormat = "fp32", *, backend: QuantizeBackend = "auto") -> tuple[Tensor, Tensor]:
+def quantize_128x128(
+    w: Tensor, scale_format: ScaleFormat = "fp32", *, backend: QuantizeBackend = "auto"
+) -> tuple[Tensor, Tensor]:
     """Quantise w in square blocks of 128.
 
     w ~= w_q * w_dq[n // 128, k // 128]; w^T ~= w_q^T * w_dq^T holds as well.

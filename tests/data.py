@@ -1,0 +1,47 @@
+"""Input data that kernels meet or should fear, by name; every call draws fresh numbers."""
+
+import torch
+from torch import Tensor
+
+# torch.library.opcheck without "test_schema", which multiplies fp8 tensors and cannot: that ops leave their inputs alone
+# has a test of its own.
+CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+KINDS = ("normal", "outliers", "uniform", "denormal", "huge", "zero_blocks", "nonfinite", "ties")
+
+
+def draw(kind: str, m: int, k: int, dtype: torch.dtype) -> Tensor:
+    """An [m, k] CPU tensor of this kind."""
+    x = torch.randn(m, k)
+    if kind == "outliers":
+        x = x.exp() * torch.randn(m, k).sign()
+        x[:, torch.rand(k) < 0.02] *= 100
+    elif kind == "uniform":
+        x = torch.rand(m, k) * 2 - 1
+    elif kind == "denormal":
+        x *= 10.0 ** torch.empty(m, 1).uniform_(-45, -36)
+    elif kind == "huge":
+        x = x.sign() * torch.empty(m, k).uniform_(1e37, 3.3e38)
+    elif kind == "zero_blocks":
+        x[:128, :128] = 0
+        x[torch.rand(m) < 0.3] = 0
+    elif kind == "nonfinite":
+        poison = torch.tensor([float("nan"), -float("nan"), float("inf"), -float("inf")])
+        where = torch.rand(m, k) < 1 / 500
+        x[where] = poison[torch.randint(4, (int(where.sum()),))]
+    elif kind == "ties":
+        # Exact midpoints of neighbouring e4m3 numbers, under multipliers that are powers of two (amax = 448 * 2^e) or are not.
+        codes = torch.randint(0, 0x7D, (m, k), dtype=torch.uint8)
+        lower, upper = codes.view(torch.float8_e4m3fn).float(), (codes + 1).view(torch.float8_e4m3fn).float()
+        x = (lower + upper) / 2 * x.sign()
+        x[:, ::64] = 448.0
+        x[::64] = 448.0
+        x *= torch.tensor([2.0**-9, 1.0, 0.75, 2.0**30])[torch.randint(4, (m, 1))]
+    else:
+        assert kind == "normal", kind
+    return x.to(dtype)
+
+
+def bits(x: Tensor) -> Tensor:
+    """x's bits, on the CPU, for comparisons that tell NaN from NaN and 0 from -0."""
+    x = x.detach().cpu().contiguous()
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])

@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from blockfp8_titan.ops import backend
+from blockfp8_titan.ops.backend import describe_gemm_backend, resolve_gemm_backend, resolve_quantize_backend
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretend that cuda:0 has a given compute capability."""
+
+    def pretend(capability, cuda="13.0", hip=None):
+        backend.triton_obstacle.cache_clear()
+        backend.cublas_obstacle.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.version, "hip", hip)
+
+    yield pretend
+    backend.triton_obstacle.cache_clear()
+    backend.cublas_obstacle.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "capability, gemm, quantize",
+    [
+        ((8, 0), "reference", "reference"),
+        ((8, 9), "triton", "triton"),
+        ((9, 0), "cublas", "triton"),
+        ((10, 0), "triton", "triton"),
+        ((12, 0), "triton", "triton"),
+    ],
+)
+def test_auto_by_capability(gpu, capability, gemm, quantize):
+    gpu(capability)
+    assert resolve_gemm_backend("auto", GPU) == gemm
+    assert resolve_quantize_backend(GPU) == quantize
+
+
+def test_auto_on_cpu_is_the_reference():
+    assert resolve_gemm_backend("auto", CPU) == "reference"
+    assert resolve_quantize_backend(CPU) == "reference"
+
+
+def test_old_cuda_has_no_blockwise_cublas(gpu):
+    gpu((9, 0), cuda="12.8")
+    assert resolve_gemm_backend("auto", GPU) == "triton"
+    with pytest.raises(ValueError, match=r"needs CUDA 12\.9 or newer, torch was built with 12\.8"):
+        resolve_gemm_backend("cublas", GPU)
+
+
+def test_amd_runs_the_reference(gpu):
+    gpu((9, 4), hip="6.4")
+    assert resolve_gemm_backend("auto", GPU) == "reference"
+    with pytest.raises(ValueError, match="AMD GPU"):
+        resolve_gemm_backend("triton", GPU)
+
+
+def test_forcing_what_the_device_lacks_says_what_it_lacks(gpu):
+    with pytest.raises(
+        ValueError,
+        match=r'gemm_backend = "triton": it needs a CUDA GPU of compute capability 8\.9 or higher, the device is cpu; use "auto"',
+    ):
+        resolve_gemm_backend("triton", CPU)
+    gpu((8, 0))
+    with pytest.raises(ValueError, match=r"Test GPU has 8\.0"):
+        resolve_gemm_backend("triton", GPU)
+    gpu((10, 0))
+    with pytest.raises(ValueError, match=r"needs an NVIDIA Hopper GPU \(compute capability 9\.0\), Test GPU has 10\.0"):
+        resolve_gemm_backend("cublas", GPU)
+
+
+def test_description_names_backend_device_and_reason(gpu):
+    assert (
+        describe_gemm_backend("auto", CPU)
+        == "reference on cpu, chosen by auto (plain PyTorch: exact numerics, no speed)"
+    )
+    gpu((9, 0))
+    assert describe_gemm_backend("triton", GPU) == "triton on Test GPU, as configured"
+    assert describe_gemm_backend("auto", GPU).startswith("cublas on Test GPU, chosen by auto; shapes")

@@ -1,0 +1,160 @@
+import pytest
+import torch
+
+from blockfp8_titan import ops, reference
+from blockfp8_titan.numerics import GEMM_RELATIVE_ERROR, relative_error
+from blockfp8_titan.ops.backend import cublas_obstacle
+
+from .data import CHECKS, draw
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+KINDS = ["1x128_128x128", "1x128_1x128"]
+# (M, N, K): K of gemm is also the token count of dw, so any size from 0.
+SHAPES = [
+    (0, 64, 128),
+    (1, 16, 16),
+    (7, 144, 208),
+    (127, 128, 128),
+    (129, 272, 384),
+    (128, 1040, 1296),
+    (272, 144, 0),
+    (272, 144, 1),
+    (272, 144, 7),
+    (144, 272, 127),
+    (144, 272, 129),
+    (515, 528, 640),
+]
+
+
+def operands(kind, M, N, K, data="normal", device="cpu"):
+    """(a_q, a_dq, b_q, b_dq), laid out as the quantisation ops lay them out."""
+
+    def rows(m, k):
+        # As the transposed half: contraction sizes that are no multiple of 16, rows at multiples of 16 bytes.
+        return ops.quantize_1x128_both(draw(data, k, m, torch.float32).to(device))[2:]
+
+    a_q, a_dq = rows(max(-(-M // 16) * 16, 16), K)
+    a = a_q[:M], a_dq[:M].t().contiguous().t()
+    if kind == "1x128_1x128":
+        return *a, *rows(N, K)
+    b_q, b_dq = ops.quantize_128x128(draw(data, K, N, torch.float32).to(device))
+    return *a, ops.transpose_fp8(b_q), b_dq.t()
+
+
+def exact(kind, a_q, a_dq, b_q, b_dq):
+    """The product of the dequantised operands in fp64, on the CPU."""
+    b = reference.dequantize_1x128 if kind == "1x128_1x128" else reference.dequantize_128x128
+    return reference.dequantize_1x128(a_q.cpu(), a_dq.cpu()).double() @ b(b_q.cpu(), b_dq.cpu()).double().t()
+
+
+def gemm(kind, *args, **kwargs):
+    return getattr(ops, f"gemm_{kind}")(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    allocate = torch.Tensor.new_empty
+
+    def new_empty(self, *args, **kwargs):
+        out = allocate(self, *args, **kwargs)
+        return out.fill_(torch.nan) if out.dtype in (torch.bfloat16, torch.float32) else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "device, backend",
+    [("cpu", "auto"), *(pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("reference", "triton", "auto"))],
+)
+def test_product(kind, shape, out_dtype, device, backend):
+    args = operands(kind, *shape, device=device)
+    out = gemm(kind, *args, out_dtype, backend=backend)
+    expected = exact(kind, *args)
+    assert out.shape == expected.shape and out.dtype == out_dtype and out.is_contiguous()
+    assert torch.equal(out.cpu().double(), expected) or relative_error(expected, out.cpu()) < GEMM_RELATIVE_ERROR
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["triton", "cublas", "auto"])
+@pytest.mark.parametrize("data", ["outliers", "uniform", "zero_blocks", "normal"])
+def test_product_of_training_sizes(kind, backend, data):
+    if backend == "cublas" and (reason := cublas_obstacle(torch.device("cuda"))):
+        pytest.skip(reason)
+    for shape in ((512, 1024, 4096), (1024, 512, 2064), (4096, 256, 1040), (16, 4096, 512), (2064, 16, 128)):
+        args = operands(kind, *shape, data=data, device="cuda")
+        assert relative_error(exact(kind, *args), gemm(kind, *args, backend=backend).cpu()) < GEMM_RELATIVE_ERROR, shape
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_blocks_multiply_to_zero(kind, device):
+    args = operands(kind, 144, 144, 272, data="zero_blocks", device=device)
+    args[0].view(torch.uint8)[:16] = 0
+    assert not gemm(kind, *args)[:16].float().any()
+
+
+@pytest.mark.parametrize(
+    "device, backend", [("cpu", "auto"), *(pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("triton", "auto"))]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_stays_visible_and_local(kind, device, backend):
+    x = draw("normal", 48, 272, torch.float32)
+    x[5, 130] = torch.inf
+    a = ops.quantize_1x128(x.to(device))
+    b = operands(kind, 16, 144, 272, device=device)[2:]
+    out = gemm(kind, *a, *b, backend=backend)
+    assert out[5].isnan().all()
+    assert out[torch.arange(48) != 5].isfinite().all()
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck(kind, device):
+    args = operands(kind, 16, 48, 144, device=device)
+    torch.library.opcheck(
+        getattr(torch.ops.blockfp8, f"gemm_{kind}"), (*args, torch.bfloat16, "auto"), test_utils=CHECKS
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_runs_repeat_bitwise(kind, backend):
+    args = operands(kind, 512, 768, 2048, device="cuda")
+    first = gemm(kind, *args, backend=backend)
+    assert all(torch.equal(first, gemm(kind, *args, backend=backend)) for _ in range(50))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_arguments_are_named(kind):
+    a_q, a_dq, b_q, b_dq = operands(kind, 16, 48, 144)
+    with pytest.raises(ValueError, match="a_q has dtype torch.float32: must be torch.float8_e4m3fn"):
+        gemm(kind, a_q.float(), a_dq, b_q, b_dq)
+    with pytest.raises(ValueError, match=r"a_q has shape \(16, 128\) and b_q \(48, 144\): their second dimensions"):
+        gemm(kind, a_q[:, :128], a_dq, b_q, b_dq)
+    with pytest.raises(ValueError, match=r"a_dq has shape \(16, 1\): must be \(16, 2\)"):
+        gemm(kind, a_q, a_dq[:, :1], b_q, b_dq)
+    with pytest.raises(ValueError, match="b_dq has shape"):
+        gemm(kind, a_q, a_dq, b_q, b_dq[:, :1])
+    with pytest.raises(ValueError, match="out_dtype = torch.float16: must be torch.bfloat16 or torch.float32"):
+        gemm(kind, a_q, a_dq, b_q, b_dq, torch.float16)
+    for backend in ("triton", "cublas"):
+        with pytest.raises(
+            ValueError, match=f'gemm_backend = "{backend}": it needs .* the device is cpu; use "auto" or "reference"'
+        ):
+            gemm(kind, a_q, a_dq, b_q, b_dq, backend=backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_cublas_names_the_size_it_does_not_take(kind):
+    if reason := cublas_obstacle(torch.device("cuda")):
+        pytest.skip(reason)
+    x = ops.quantize_1x128(torch.randn(7, 256, device="cuda"))
+    b = operands(kind, 16, 48, 256, device="cuda")[2:]
+    with pytest.raises(ValueError, match='M = 7 is not a positive multiple of 16; use "auto"'):
+        gemm(kind, *x, *b, backend="cublas")

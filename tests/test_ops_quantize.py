@@ -1,0 +1,140 @@
+import pytest
+import torch
+
+from blockfp8_titan import ops, reference
+
+from .data import CHECKS, KINDS, bits, draw
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+OPS = [ops.quantize_1x128, ops.quantize_1x128_both, ops.quantize_128x128]
+# M = 0 and 1, around one group, a prime, a token count; K: least, no multiple of 128, one group, more.
+SHAPES = [(0, 256), (1, 16), (7, 144), (127, 128), (129, 208), (130, 272), (384, 640), (1003, 1296)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """Every buffer that an op allocates starts as NaN, so that an element left unwritten shows."""
+    allocate = torch.Tensor.new_empty
+
+    def new_empty(self, *args, **kwargs):
+        out = allocate(self, *args, **kwargs)
+        if not isinstance(out, torch._subclasses.FakeTensor) and out.is_contiguous():
+            out.view(torch.uint8).fill_(0xFF)
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+def test_the_poison_works():
+    assert torch.ones(2).new_empty(3).isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale_format", ["fp32", "pow2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_equal_their_twins_bitwise(op, kind, dtype, scale_format):
+    for shape in SHAPES:
+        x = draw(kind, *shape, dtype)
+        expected = getattr(reference, op.__name__)(x, scale_format)
+        for i, (out, twin) in enumerate(zip(op(x.cuda(), scale_format), expected, strict=True)):
+            assert torch.equal(bits(out), bits(twin)), f"output {i} of {op.__name__} at {shape}"
+
+
+@pytest.mark.gpu
+def test_twins_on_gpu_equal_twins_on_cpu():
+    for kind in KINDS:
+        x = draw(kind, 129, 272, torch.float32)
+        for op in OPS:
+            for out, twin in zip(op(x.cuda(), backend="reference"), op(x), strict=True):
+                assert torch.equal(bits(out), bits(twin)), (kind, op.__name__)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layouts(device, shape):
+    M, K = shape
+    x = draw("normal", M, K, torch.bfloat16).to(device)
+    x_q, x_dq, xt_q, xt_dq = ops.quantize_1x128_both(x)
+    groups_k, groups_m = -(-K // 128), -(-M // 128)
+    assert x_q.shape == (M, K) and x_q.stride() == (K, 1) and x_q.dtype == torch.float8_e4m3fn
+    assert x_dq.shape == (M, groups_k) and x_dq.t().is_contiguous() and x_dq.dtype == torch.float32
+    assert xt_q.shape == (K, M) and xt_q.stride(1) == 1 and (xt_q.stride(0) % 16 == 0 or M == 0)
+    assert xt_dq.shape == (K, groups_m) and xt_dq.t().is_contiguous()
+    for part, whole in zip(ops.quantize_1x128(x), (x_q, x_dq), strict=True):
+        assert torch.equal(bits(part), bits(whole)) and part.stride() == whole.stride()
+    w_q, w_dq = ops.quantize_128x128(x)
+    assert w_q.is_contiguous() and w_dq.shape == (groups_m, groups_k) and w_dq.is_contiguous()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("M", [1, 7, 127, 129])
+def test_padding_of_transposed_rows_is_zero(device, M):
+    x = draw("nonfinite", M, 144, torch.float32).to(device)
+    x[0, 0] = torch.nan
+    for xt_q in (ops.quantize_1x128_both(x)[2], ops.transpose_fp8(ops.quantize_128x128(x)[0])):
+        rows = xt_q.as_strided((144, xt_q.stride(0)), xt_q.stride())
+        assert not rows[:, M:].contiguous().view(torch.uint8).any()
+        assert xt_q[0, 0].float().isnan()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transpose(device, shape):
+    w_q = torch.randint(256, shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    assert torch.equal(bits(ops.transpose_fp8(w_q)), bits(w_q.t()))
+    view = w_q[: shape[0] // 2]
+    assert torch.equal(bits(ops.transpose_fp8(view)), bits(view.t()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", OPS)
+def test_strided_and_expanded_inputs(op, device):
+    base = draw("normal", 160, 320, torch.bfloat16).to(device)
+    for x in (base[:, 16:288], base.t()[:, :144], base[:1].expand(50, 320), base[::2]):
+        for out, expected in zip(op(x), op(x.contiguous()), strict=True):
+            assert torch.equal(bits(out), bits(expected)) and out.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_are_left_alone(device):
+    x = draw("nonfinite", 130, 272, torch.float32).to(device)
+    before = bits(x.clone())
+    for op in OPS:
+        op(x)
+    assert torch.equal(bits(x), before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("M", [0, 7, 128])
+def test_opcheck(device, M):
+    x = torch.randn(M, 144, device=device)
+    for name in ("quantize_1x128", "quantize_1x128_both", "quantize_128x128"):
+        torch.library.opcheck(getattr(torch.ops.blockfp8, name), (x, "fp32", "auto"), test_utils=CHECKS)
+    torch.library.opcheck(torch.ops.blockfp8.transpose_fp8, (ops.quantize_128x128(x)[0],), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bad_arguments_are_named(op):
+    name = "w" if op is ops.quantize_128x128 else "x"
+    with pytest.raises(ValueError, match=rf"{name} has shape \(2, 3, 16\): must be 2D"):
+        op(torch.randn(2, 3, 16))
+    with pytest.raises(ValueError, match=rf"{name} has dtype torch.float16: must be torch.bfloat16 or torch.float32"):
+        op(torch.randn(4, 16).half())
+    for k in (0, 8, 24):
+        with pytest.raises(
+            ValueError, match=rf"{name} has shape \(4, {k}\): dimension 1 must be a positive multiple of 16"
+        ):
+            op(torch.randn(4, k))
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements():
+    x = torch.randn(70_000, 32_768, device="cuda", dtype=torch.bfloat16)
+    x_q, x_dq, xt_q, xt_dq = ops.quantize_1x128_both(x)
+    tail = x[-112:].cpu()  # 70,000 = 546 * 128 + 112
+    for out, twin in zip((x_q[-112:], x_dq[-112:]), reference.quantize_1x128(tail), strict=True):
+        assert torch.equal(bits(out), bits(twin))
+    for out, twin in zip((xt_q[:, -112:], xt_dq[:, -1:]), reference.quantize_1x128(tail.t()), strict=True):
+        assert torch.equal(bits(out), bits(twin))
