@@ -1,0 +1,110 @@
+"""The [blockwise_fp8] section, for `job.custom_config_module = "blockfp8_titan.config"`.
+
+torchtitan merges `JobConfig` into its own and lets tyro read overrides from the command line; both look at the annotations as
+objects, so this module must not postpone their evaluation (no `from __future__ import annotations`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from .recipe import GemmBackend, Recipe, ScaleFormat, WeightGradient
+from .rules import PlacedRule, Rule, load_rules_file, rules_from
+
+# tyro's own booleans are flags (`--a.b`, `--a.no-b`) and refuse `--a.b=false`.
+Boolean = tyro.conf.FlagConversionOff[
+    Annotated[
+        bool,
+        tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{true,false}",
+            choices=("true", "false", "True", "False"),
+            instance_from_str=lambda args: args[0].lower() == "true",
+            is_instance=lambda value: isinstance(value, bool),
+            str_from_instance=lambda value: [str(value).lower()],
+        ),
+    ]
+]
+
+
+@dataclass
+class BlockwiseFP8:
+    """Blockwise-fp8 linears: 1x128 activations and gradients, 128x128 weights, e4m3.
+
+    Raises:
+        ValueError: names the key (and the rule's position), its value and the requirement.
+    """
+
+    gemm_backend: GemmBackend = "auto"
+    """
+    Who multiplies: "auto" takes what suits the device; "triton" and "cublas" are errors where they cannot run;
+    "reference" is plain PyTorch, on any device, slow.
+    """
+
+    wgrad: WeightGradient = "fp8"
+    """
+    Weight gradient dw = dy^T x: "fp8" scales both operands in groups of 128, "fp8_block" scales x in blocks of 128x128,
+    "bf16" does not quantise.
+    """
+
+    scale_format: ScaleFormat = "fp32"
+    """Dequantisation multipliers: "fp32" exact, "pow2" rounded up to a power of two."""
+
+    fp8_all_gather: Boolean = True
+    """
+    Let FSDP2 gather weights in fp8. Accepted but without effect in this version: weights are gathered in
+    training.mixed_precision_param and quantised by each rank. The log says so at start-up.
+    """
+
+    rules_file: str = ""
+    """
+    A TOML file with [[rules]] (a path, relative to the working directory) or a preset's name; its rules stand before those
+    of this section.
+    """
+
+    rules: list[Rule] = field(default_factory=list)
+    """
+    Which Linears are converted and how; the first match decides. On the command line a rule of the TOML is overridden by its
+    index (--blockwise_fp8.rules.0.match=...); to add rules there, use --blockwise_fp8.rules_file.
+    """
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fp8_all_gather, bool):
+            raise ValueError(f"[blockwise_fp8] fp8_all_gather = {self.fp8_all_gather!r}: must be true or false")
+        if not isinstance(self.rules_file, str):
+            raise ValueError(f"[blockwise_fp8] rules_file = {self.rules_file!r}: must be a path or a preset's name")
+        if not isinstance(self.rules, list):
+            raise ValueError(
+                f"[blockwise_fp8] rules = {self.rules!r}: must be an array of tables, each under [[blockwise_fp8.rules]]"
+            )
+        try:
+            self.recipe()
+            self.rules = [placed.rule for placed in rules_from(self.rules)]
+        except ValueError as error:
+            raise ValueError(f"[blockwise_fp8] {error}") from error
+
+    def recipe(self) -> Recipe:
+        """How a converted Linear computes where its rule says nothing."""
+        return Recipe(gemm_backend=self.gemm_backend, wgrad=self.wgrad, scale_format=self.scale_format)
+
+    def all_rules(self) -> list[PlacedRule]:
+        """The rules of rules_file, then those of this section.
+
+        Reads the file here and not on construction: torchtitan constructs the section once before command line overrides apply.
+
+        Raises:
+            ValueError: rules_file cannot be read; names the file and what is wrong.
+        """
+        try:
+            from_file = load_rules_file(self.rules_file) if self.rules_file else []
+        except ValueError as error:
+            raise ValueError(f"[blockwise_fp8] {error}") from error
+        return from_file + rules_from(self.rules)
+
+
+@dataclass
+class JobConfig:
+    """What torchtitan's JobConfig gains."""
+
+    blockwise_fp8: BlockwiseFP8 = field(default_factory=BlockwiseFP8)

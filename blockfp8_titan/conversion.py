@@ -1,0 +1,271 @@
+"""Swap a model's Linears for blockwise-fp8 ones, and report what was swapped and why. For any nn.Module."""
+
+import json
+import textwrap
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+import torch.nn as nn
+from torch.distributed.tensor import DTensor
+
+from .linear import BlockwiseFP8Linear
+from .recipe import Recipe
+from .rules import PlacedRule, Rule, check_rules_apply, decide, rules_from
+
+TABLE_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Row:
+    """One nn.Linear of the model."""
+
+    fqn: str
+    aliases: tuple[str, ...]
+    """Further names under which the model holds the same module."""
+    shape: tuple[int, int]
+    """(out_features, in_features), the weight's shape."""
+    action: Literal["convert", "skip", "already fp8"]
+    rule: str
+    """The deciding rule's place ("rule 2", "skip_kv.toml rule 1"), or "default"."""
+    reason: str
+    recipe: Recipe | None
+    """How it computes; None where it is not converted."""
+    parameters: int
+    """Elements of weight and bias."""
+    parameter_share: float
+    """`parameters` as a fraction of the model's."""
+    flop_share: float
+    """out_features * in_features as a fraction of the sum over all Linears (twice for a module held under two names)."""
+
+    @property
+    def in_fp8(self) -> bool:
+        return self.action != "skip"
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What happens to every nn.Linear of a model, and why."""
+
+    rows: tuple[Row, ...]
+    """One for each Linear, in the model's order."""
+    recipe: Recipe
+    """How a converted Linear computes where its rule says nothing."""
+    model_parameters: int
+    """Elements of all parameters of the model, tied ones counted once."""
+    fp8_parameters: int
+    """Those that belong to Linears in fp8."""
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def with_notes(self, *notes: str) -> "ConversionReport":
+        """This report with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
+    def totals(self) -> dict[str, int | float]:
+        """Counts, and the shares (0 to 1) of linear FLOPs and of parameters in fp8."""
+        in_fp8 = [row for row in self.rows if row.in_fp8]
+        return {
+            "linears": len(self.rows),
+            "linears_in_fp8": len(in_fp8),
+            "flop_share_in_fp8": sum(row.flop_share for row in in_fp8),
+            "model_parameters": self.model_parameters,
+            "parameter_share_in_fp8": self.fp8_parameters / self.model_parameters if self.model_parameters else 0.0,
+        }
+
+    def to_json(self) -> str:
+        """Everything, every row in full."""
+        return json.dumps({"totals": self.totals(), **asdict(self)}, indent=2)
+
+    def to_table(self) -> str:
+        """Aligned text about 120 columns wide; rows that differ in layer numbers only share a line."""
+        header = ("linear", "out x in", "action", "recipe", "by", "params", "FLOPs", "reason")
+        lines = [self._cells(fqn, rows) for fqn, rows in _collapse(self.rows)]
+        columns = [column for column in zip(header, *lines, strict=True) if column[0] != "recipe" or any(column[1:])]
+        # The reason comes last and wraps; the other columns are as wide as their widest cell.
+        widths = [max(map(len, column)) for column in columns[:-1]]
+        room = max(TABLE_WIDTH - sum(widths) - 2 * len(widths), 24)
+        text = []
+        for *cells, reason in zip(*columns, strict=True):
+            left = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+            first, *more = textwrap.wrap(reason, room) or [""]
+            text.append(f"{left}  {first}".rstrip())
+            text += [" " * (len(left) + 2) + line for line in more]
+        totals = self.totals()
+        text.append(
+            f"{totals['linears_in_fp8']} of {totals['linears']} Linears in fp8: {totals['flop_share_in_fp8']:.1%} of linear FLOPs, "
+            f"{totals['parameter_share_in_fp8']:.1%} of {self.model_parameters:,} parameters; "
+            f"recipe {_describe(self.recipe)}"
+        )
+        for label, remarks in (("warning", self.warnings), ("note", self.notes)):
+            for remark in remarks:
+                text += textwrap.wrap(f"{label}: {remark}", TABLE_WIDTH, subsequent_indent="  ")
+        return "\n".join(text)
+
+    def _cells(self, fqn: str, rows: list[Row]) -> tuple[str, ...]:
+        row = rows[0]
+        return (
+            fqn if len(rows) == 1 else f"{fqn} ×{len(rows)}",
+            f"{row.shape[0]} x {row.shape[1]}",
+            row.action,
+            _describe(row.recipe, unlike=self.recipe) if row.recipe else "",
+            row.rule,
+            f"{sum(row.parameter_share for row in rows):.1%}",
+            f"{sum(row.flop_share for row in rows):.1%}",
+            row.reason,
+        )
+
+
+def plan_conversion(
+    model: nn.Module, rules: Iterable[Rule | PlacedRule | Mapping[str, Any]] = (), *, recipe: Recipe = Recipe()
+) -> ConversionReport:
+    """Decide about every nn.Linear of a model, without a change to it.
+
+    Args:
+        model: on any device, meta included.
+        rules: in order, the first match decides; as `Rule` or as dicts with its keys.
+        recipe: how a converted Linear computes where its rule says nothing.
+    Raises:
+        ValueError: names the rule or the FQN and the way out. The model is a Linear itself, is sharded, or is converted already;
+            a rule is malformed or matches no Linear; one module has two names for which the decisions differ.
+    """
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            f"model is itself a {type(model).__name__} and cannot be swapped in place: "
+            "use BlockwiseFP8Linear.from_linear(model, recipe), or pass the module that holds it"
+        )
+    placed_rules = rules_from(rules)
+    linears: dict[nn.Linear, list[str]] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            linears.setdefault(module, []).append(fqn)
+    named_sizes = [(fqn, linear.in_features, linear.out_features) for linear, fqns in linears.items() for fqn in fqns]
+    warnings = check_rules_apply(placed_rules, named_sizes)
+
+    model_parameters = sum(parameter.numel() for parameter in model.parameters())
+    all_flops = sum(in_features * out_features for _, in_features, out_features in named_sizes)
+    rows = []
+    fp8_parameters: dict[int, int] = {}  # by id: a tied weight counts once
+    for linear, fqns in linears.items():
+        decision = _decide_for_all_names(linear, fqns, placed_rules, recipe)
+        size = linear.in_features * linear.out_features
+        parameters = {id(parameter): parameter.numel() for parameter in linear.parameters(recurse=False)}
+        row = Row(
+            fqn=fqns[0],
+            aliases=tuple(fqns[1:]),
+            shape=(linear.out_features, linear.in_features),
+            **decision,
+            parameters=sum(parameters.values()),
+            parameter_share=sum(parameters.values()) / model_parameters if model_parameters else 0.0,
+            flop_share=size * len(fqns) / all_flops if all_flops else 0.0,
+        )
+        rows.append(row)
+        if row.in_fp8:
+            fp8_parameters |= parameters
+    if not any(row.in_fp8 for row in rows):
+        warnings.append("no Linear is in fp8: the model computes as before")
+    return ConversionReport(tuple(rows), recipe, model_parameters, sum(fp8_parameters.values()), tuple(warnings))
+
+
+def convert_model(
+    model: nn.Module, rules: Iterable[Rule | PlacedRule | Mapping[str, Any]] = (), *, recipe: Recipe = Recipe()
+) -> ConversionReport:
+    """Swap the Linears that the rules choose for `BlockwiseFP8Linear`, in place.
+
+    Parameters are shared with the Linears replaced, so tied weights stay tied and an optimizer made before stays valid; a module
+    held under two names is converted once and stays shared. Nothing is swapped if anything is wrong. Convert before FSDP, tensor
+    parallelism or torch.compile.
+
+    Args, Raises: as `plan_conversion`.
+    Returns:
+        One row for each nn.Linear: what happened to it and why.
+    """
+    report = plan_conversion(model, rules, recipe=recipe)
+    swaps: dict[nn.Module, BlockwiseFP8Linear] = {}
+    for row in report.rows:
+        if row.action == "convert":
+            linear = model.get_submodule(row.fqn)
+            assert isinstance(linear, nn.Linear) and row.recipe is not None
+            swaps[linear] = BlockwiseFP8Linear.from_linear(linear, row.recipe)
+    for parent in list(model.modules()):
+        # Not named_children(), which shows a child held under two names once.
+        for name, child in list(parent._modules.items()):
+            if child in swaps:
+                setattr(parent, name, swaps[child])
+    return report
+
+
+def _decide_for_all_names(
+    linear: nn.Linear, fqns: list[str], rules: list[PlacedRule], recipe: Recipe
+) -> dict[str, Any]:
+    """action, rule, reason and recipe of one Linear's row."""
+    fqn = fqns[0]
+    decisions = [decide(name, linear.in_features, linear.out_features, rules, recipe) for name in fqns]
+    decision = decisions[0]
+    for name, other in zip(fqns, decisions, strict=True):
+        if (other.action, other.recipe) != (decision.action, decision.recipe):
+            raise ValueError(
+                f"{fqn} and {name} are one module, but the decisions differ: {decision.action} by {decision.rule} "
+                f"({decision.reason}), {other.action} by {other.rule} ({other.reason}); write a rule that matches both"
+            )
+    if isinstance(linear, BlockwiseFP8Linear):
+        if decision.action == "convert":
+            raise ValueError(
+                f"{fqn} is a BlockwiseFP8Linear already: convert a model once; to leave layers as they are, "
+                f"add a rule with match = {fqn!r} and action = 'skip' before the others"
+            )
+        return {
+            "action": "already fp8",
+            "rule": decision.rule,
+            "reason": decision.reason,
+            "recipe": linear.recipe,
+        }
+    if type(linear) is not nn.Linear:
+        reason = f"a {type(linear).__name__}: only nn.Linear itself is converted"
+        return {"action": "skip", "rule": "default", "reason": reason, "recipe": None}
+    if decision.action == "convert" and isinstance(linear.weight, DTensor):
+        raise ValueError(f"{fqn} has a sharded weight (DTensor): convert the model before FSDP or tensor parallelism")
+    return {name: getattr(decision, name) for name in ("action", "rule", "reason", "recipe")}
+
+
+def _describe(recipe: Recipe, unlike: Recipe | None = None) -> str:
+    """ "wgrad=bf16 …": the fields of a recipe, or those in which it differs from another."""
+    values = [(field.name, getattr(recipe, field.name)) for field in fields(Recipe)]
+    return " ".join(f"{name}={value}" for name, value in values if unlike is None or getattr(unlike, name) != value)
+
+
+def _collapse(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """Group rows equal but for the numbers in their FQNs, under names such as "layers.{0-31}.attention.wq".
+
+    Numbers are merged position by position, from the right, and only among names equal elsewhere: a group's name stands for
+    exactly the rows in it.
+    """
+    groups = {
+        (tuple(row.fqn.split(".")), (row.shape, row.action, row.rule, row.reason, row.recipe)): [row] for row in rows
+    }
+    for position in reversed(range(max((len(parts) for parts, _ in groups), default=0))):
+        families: dict[Any, dict[str, list[Row]]] = {}
+        for (parts, alike), members in groups.items():
+            number = parts[position] if position < len(parts) and parts[position].isdecimal() else ""
+            pattern = (*parts[:position], None, *parts[position + 1 :]) if number else parts
+            families.setdefault((pattern, alike), {})[number] = members
+        groups = {
+            (tuple(_ranges(by_number) if part is None else part for part in pattern), alike): [
+                row for members in by_number.values() for row in members
+            ]
+            for (pattern, alike), by_number in families.items()
+        }
+    return [(".".join(parts), members) for (parts, _), members in groups.items()]
+
+
+def _ranges(numbers: Collection[str]) -> str:
+    """["0", "1", "2", "5"] -> "{0-2,5}"; a single number stays as it is."""
+    if len(numbers) == 1:
+        return next(iter(numbers))
+    runs: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
