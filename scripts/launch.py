@@ -1,0 +1,121 @@
+"""Run torchtitan's trainer under torchrun and read the steps it logs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TAIL = 40
+
+STEP = re.compile(
+    r"step:\s*(?P<step>\d+)\s+loss:\s*(?P<loss>\S+)\s+grad_norm:\s*(?P<grad_norm>\S+)\s+"
+    r"memory:\s*(?P<memory>\S+?)GiB\S*\s+tps:\s*(?P<tps>[\d,]+)"
+)
+VALIDATION = re.compile(r"validate step:\s*(?P<step>\d+)\s+loss:\s*(?P<loss>\S+)")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step as torchtitan's rank 0 logged it.
+
+    loss has 5 decimals, grad_norm 4; memory is the peak of a process in GiB; tps are tokens per second and process.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    memory: float
+    tps: float
+
+
+class TrainingFailed(RuntimeError):
+    """The run ended with an error or ran past its time; the message holds the log's tail."""
+
+
+def parse_step(line: str) -> Step | None:
+    """The step that a line of rank 0's log reports, or None."""
+    match = STEP.search(line)
+    if match is None or not line.startswith("[rank0]:"):
+        return None
+    number = {name: float(text.replace(",", "")) for name, text in match.groupdict().items()}
+    return Step(int(number["step"]), number["loss"], number["grad_norm"], number["memory"], number["tps"])
+
+
+def validation_losses(log: Path) -> dict[int, float]:
+    """Step -> validation loss, from a run's log."""
+    return {int(match["step"]): float(match["loss"]) for match in VALIDATION.finditer(log.read_text())}
+
+
+def train(
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    nproc: int,
+    log: Path,
+    timeout: float,
+    cache: Path,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> list[Step]:
+    """Train with ``torchrun -m torchtitan.train`` on this machine and return the logged steps.
+
+    Args:
+        config: a torchtitan job config; paths in it are relative to the repository root.
+        overrides: command-line overrides, such as ``--training.steps=4``.
+        nproc: number of processes.
+        log: file that receives the output of all processes; its folder is made.
+        timeout: seconds until the run is stopped.
+        cache: folder for the data set's prepared form.
+        on_step: called with each step as it is logged.
+    Raises:
+        TrainingFailed: the exit status is not 0, or the time is over.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command += [f"--nproc-per-node={nproc}", "--role=rank", "--tee=3", f"--log-dir={log.parent / 'ranks'}"]
+    command += ["-m", "torchtitan.train", f"--job.config_file={config}", "--metrics.disable_color_printing", *overrides]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(cache),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    steps: list[Step] = []
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    # torchrun stops its processes when it is asked to end.
+    stopper = threading.Timer(timeout, process.terminate)
+    stopper.start()
+    try:
+        with log.open("w") as out:
+            print(shlex.join(command), file=out)
+            for line in process.stdout:
+                out.write(line)
+                out.flush()
+                if (step := parse_step(line)) is not None:
+                    steps.append(step)
+                    on_step(step)
+        status = process.wait()
+    finally:
+        expired = stopper.finished.is_set()
+        stopper.cancel()
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if status != 0:
+        why = f"ran past {timeout:.0f} s" if expired else f"ended with status {status}"
+        tail = "\n".join(log.read_text().splitlines()[-TAIL:])
+        raise TrainingFailed(f"{shlex.join(command)}\n{why}; the end of {log}:\n{tail}")
+    return steps
