@@ -93,10 +93,10 @@ class ConversionReport:
             text += [" " * (len(left) + 2) + line for line in more]
         totals = self.totals()
         text.append(
-            f"{totals['linears_in_fp8']} of {totals['linears']} Linears in fp8: {totals['flop_share_in_fp8']:.1%} of linear FLOPs, "
-            f"{totals['parameter_share_in_fp8']:.1%} of {self.model_parameters:,} parameters; "
-            f"recipe {_describe(self.recipe)}"
+            f"{totals['linears_in_fp8']} of {totals['linears']} Linears in fp8: {totals['flop_share_in_fp8']:.1%} of linear "
+            f"FLOPs, {totals['parameter_share_in_fp8']:.1%} of {self.model_parameters:,} parameters"
         )
+        text.append(f"recipe where none is shown: {_describe(self.recipe)}")
         for label, remarks in (("warning", self.warnings), ("note", self.notes)):
             for remark in remarks:
                 text += textwrap.wrap(f"{label}: {remark}", TABLE_WIDTH, subsequent_indent="  ")

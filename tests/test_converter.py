@@ -1,0 +1,201 @@
+"""blockfp8_titan.converter through torchtitan's own registry and container, on llama3's debug model on meta."""
+
+import dataclasses
+import importlib
+import json
+import logging
+
+import pytest
+import torch
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.llama3.infra import parallelize
+from torchtitan.protocols import train_spec
+from torchtitan.protocols.model_converter import _registry_model_converter_cls, build_model_converters
+from torchtitan.tools import utils
+
+from blockfp8_titan import converter
+from blockfp8_titan.config import BlockwiseFP8
+from blockfp8_titan.config import JobConfig as AddedConfig
+from blockfp8_titan.linear import BlockwiseFP8Linear
+from blockfp8_titan.rules import Rule
+
+
+@dataclasses.dataclass
+class FullConfig(AddedConfig, JobConfig):
+    """What torchtitan makes of both."""
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(utils, "device_type", "cpu")
+
+
+@pytest.fixture
+def job(tmp_path):
+    config = FullConfig()
+    config.model.converters = ["blockwise_fp8"]
+    config.job.dump_folder = str(tmp_path / "run")
+    return config
+
+
+def dims(world_size=1, **degrees):
+    ones = dict.fromkeys(("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "etp"), 1)
+    return ParallelDims(**(ones | degrees), world_size=world_size)
+
+
+def debug_model():
+    spec = train_spec.get_train_spec("llama3")
+    with torch.device("meta"):
+        return spec.model_cls(spec.model_args["debugmodel"])
+
+
+def convert(job, parallel_dims=None):
+    model = debug_model()
+    build_model_converters(job, parallel_dims or dims()).convert(model)
+    return model
+
+
+def recipes(model):
+    return {fqn: module.recipe for fqn, module in model.named_modules() if isinstance(module, BlockwiseFP8Linear)}
+
+
+def test_conversion_logs_the_table_and_the_backend_and_writes_every_row(job, tmp_path, caplog):
+    job.blockwise_fp8 = BlockwiseFP8(rules=[Rule("layers.*.attention.w[kv]", "skip", "narrow")])
+    with caplog.at_level(logging.INFO):
+        model = convert(job)
+    assert len(recipes(model)) == 6 * 5
+    assert "layers.{0-5}.attention.wk ×6" in caplog.text and "narrow" in caplog.text
+    assert "30 of 43 Linears in fp8" in caplog.text
+    assert "GEMM backend: reference on cpu, chosen by auto" in caplog.text
+    report = json.loads((tmp_path / "run" / "blockwise_fp8_conversion.json").read_text())
+    assert len(report["rows"]) == 43
+    assert report["totals"]["linears_in_fp8"] == 30
+
+
+def test_other_ranks_convert_silently(job, tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with caplog.at_level(logging.INFO):
+        assert len(recipes(convert(job))) == 6 * 7
+    assert caplog.text == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_job_without_the_section_gets_its_defaults(tmp_path):
+    job = JobConfig()
+    job.model.converters = ["blockwise_fp8"]
+    job.job.dump_folder = str(tmp_path)
+    assert set(recipes(convert(job)).values()) == {BlockwiseFP8().recipe()}
+
+
+def test_rules_file_and_section_decide_in_this_order(job):
+    job.blockwise_fp8 = BlockwiseFP8(
+        wgrad="bf16",
+        scale_format="pow2",
+        rules_file="skip_kv",
+        rules=[Rule("layers.0.attention.*", wgrad="fp8")],
+    )
+    found = recipes(convert(job))
+    assert "layers.0.attention.wk" not in found
+    assert (found["layers.0.attention.wq"].wgrad, found["layers.0.attention.wq"].scale_format) == ("fp8", "pow2")
+    assert found["layers.1.attention.wq"].wgrad == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("parallel_dims", "fp8_all_gather", "noted"),
+    [
+        (dims(2, dp_shard=2), True, True),
+        (dims(2, dp_shard=2), False, False),
+        (dims(2, dp_replicate=2), True, False),
+    ],
+    ids=["fsdp", "fsdp with the key off", "ddp"],
+)
+def test_weights_gathered_in_bf16_are_noted_when_fp8_was_asked_for(
+    job, tmp_path, caplog, parallel_dims, fp8_all_gather, noted
+):
+    job.blockwise_fp8 = BlockwiseFP8(fp8_all_gather=fp8_all_gather)
+    with caplog.at_level(logging.INFO):
+        convert(job, parallel_dims)
+    assert ("weights are gathered in bfloat16" in caplog.text) is noted
+    notes = json.loads((tmp_path / "run" / "blockwise_fp8_conversion.json").read_text())["notes"]
+    assert len(notes) == noted
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["quantize.linear.float8", "quantize.linear.mx", "quantize.grouped_mm.mx", "float8", "mx", "my_fp8", "int8"],
+)
+def test_another_quantising_converter_is_refused_by_name(job, other):
+    job.model.converters = [other, "blockwise_fp8"]
+    with pytest.raises(ValueError, match=f"'blockwise_fp8' cannot run beside '{other}'"):
+        converter.BlockwiseFP8Converter(job, dims())
+
+
+@pytest.mark.parametrize("other", ["lora", "remix", "fused_norm"])
+def test_other_converters_are_welcome(job, other):
+    job.model.converters = [other, "blockwise_fp8"]
+    converter.BlockwiseFP8Converter(job, dims())
+
+
+def test_listed_twice_is_refused(job):
+    job.model.converters = ["blockwise_fp8", "blockwise_fp8"]
+    with pytest.raises(
+        ValueError, match=r"^\[blockwise_fp8\] layers\.0\.attention\.wq is a BlockwiseFP8Linear already"
+    ):
+        convert(job)
+
+
+def test_tensor_parallelism_is_refused_with_the_way_out(job):
+    with pytest.raises(ValueError, match=r"tensor_parallel_degree = 2: .* no sharding rules .* shard with FSDP"):
+        converter.BlockwiseFP8Converter(job, dims(2, tp=2))
+
+
+def test_a_backend_that_the_device_cannot_run_is_refused(job):
+    job.blockwise_fp8 = BlockwiseFP8(gemm_backend="cublas")
+    with pytest.raises(ValueError, match=r'^\[blockwise_fp8\] gemm_backend = "cublas"'):
+        converter.BlockwiseFP8Converter(job, dims())
+    job.blockwise_fp8 = BlockwiseFP8(rules=[Rule(), Rule("layers.0.*", gemm_backend="triton")])
+    with pytest.raises(
+        ValueError, match=r"^\[blockwise_fp8\] rule 2 \(match = 'layers\.0\.\*'\): gemm_backend = \"triton\""
+    ):
+        converter.BlockwiseFP8Converter(job, dims())
+
+
+def test_a_rule_without_a_match_names_the_section(job):
+    job.blockwise_fp8 = BlockwiseFP8(rules=[Rule("layers.*.atention.*")])
+    with pytest.raises(
+        ValueError, match=r"^\[blockwise_fp8\] rule 1 \(match = 'layers\.\*\.atention\.\*'\) matches no Linear"
+    ):
+        convert(job)
+
+
+def test_selective_checkpointing_saves_the_forward_gemm(job, monkeypatch):
+    saved = {torch.ops.aten.mm.default}
+    monkeypatch.setattr(parallelize, "_op_sac_save_list", saved)
+    convert(job)
+    assert saved == {torch.ops.aten.mm.default, torch.ops.blockfp8.gemm_1x128_128x128.default}
+
+
+def test_a_model_family_without_a_list_of_ops_to_save_converts_too(job, monkeypatch):
+    def parallelize_nothing(model, parallel_dims, job_config):
+        return model
+
+    spec = dataclasses.replace(train_spec.get_train_spec("llama3"), parallelize_fn=parallelize_nothing)
+    monkeypatch.setitem(train_spec._extra_train_specs, "plain", spec)
+    job.model.name = "plain"
+    assert len(recipes(convert(job))) == 6 * 7
+
+
+def test_a_second_import_is_harmless():
+    importlib.reload(converter)
+    assert _registry_model_converter_cls["blockwise_fp8"].__name__ == "BlockwiseFP8Converter"
+
+
+def test_the_converter_keeps_no_module_and_has_nothing_to_do_after_a_step(job):
+    made = converter.BlockwiseFP8Converter(job, dims())
+    model = debug_model()
+    made.convert(model)
+    before = vars(made).copy()
+    made.post_optimizer_hook([model])
+    assert vars(made) == before
+    assert not any(isinstance(value, torch.nn.Module) for value in before.values())

@@ -1,0 +1,82 @@
+"""blockfp8_titan.plan: the table without a GPU, weights or processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blockfp8_titan.plan import main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+DEBUG = f"--job.config_file={CONFIGS / 'debug_blockwise_fp8.toml'}"
+
+
+def test_the_table_of_a_config(capsys):
+    assert main([DEBUG]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.startswith("llama3 debugmodel\nlinear ")
+    assert "layers.{0-5}.attention.wq ×6" in printed.out
+    assert "42 of 43 Linears in fp8" in printed.out
+    assert "note: weights are gathered in bfloat16" in printed.out
+
+
+def test_70b_takes_no_weights(capsys):
+    assert main(["--job.config_file", str(CONFIGS / "llama3_70b_blockwise_fp8.toml")]) == 0
+    out = capsys.readouterr().out
+    assert "560 of 561 Linears in fp8" in out
+    assert "of 70,553,706,496 parameters" in out
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_overrides_decide_even_on_a_backend_that_this_machine_may_lack(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    overrides = ["--blockwise_fp8.rules_file=skip_kv", "--blockwise_fp8.gemm_backend=cublas"]
+    assert main([DEBUG, f"--json={path}", *overrides, "--blockwise_fp8.fp8_all_gather=false"]) == 0
+    out = capsys.readouterr().out
+    assert "skip_kv.toml rule 1" in out and "gemm_backend=cublas" in out
+    assert "note:" not in out
+    report = json.loads(path.read_text())
+    assert len(report["rows"]) == 43
+    assert report["totals"]["linears_in_fp8"] == 30
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--job.config_file=no/such.toml"], "no/such.toml"),
+        ([f"--job.config_file={CONFIGS / 'debug_bf16.toml'}"], "has no 'blockwise_fp8', so this job converts nothing"),
+        ([DEBUG, "--blockwise_fp8.rules_file=no"], "[blockwise_fp8] rules_file = 'no': no such file"),
+        ([DEBUG, "--parallelism.tensor_parallel_degree=2"], "tensor_parallel_degree = 2"),
+        ([DEBUG, "--model.converters=blockwise_fp8,quantize.linear.mx"], "cannot run beside 'quantize.linear.mx'"),
+        ([DEBUG, "--model.flavor=9B"], "model.flavor = '9B': llama3 has debugmodel, "),
+        ([DEBUG, "--model.name=llama9"], "llama9"),
+        ([DEBUG, "--experimental.custom_import=no_such_package"], "no_such_package"),
+        (
+            [DEBUG, "--blockwise_fp8.rules_file=large_only"],
+            "large_only.toml rule 1 (match = 'layers.*') matches no Linear",
+        ),
+        ([DEBUG, "--json=no/such/folder/x.json"], "no/such/folder/x.json"),
+    ],
+)
+def test_an_error_is_one_message(capsys, args, message):
+    assert main(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_a_config_that_is_no_toml(tmp_path, capsys):
+    (tmp_path / "job.toml").write_text("[job]\ndescription = \n")
+    assert main([f"--job.config_file={tmp_path / 'job.toml'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the job's config is wrong: ") and "line 2" in line
+
+
+def test_as_a_command():
+    command = [sys.executable, "-m", "blockfp8_titan.plan", DEBUG, "--parallelism.tensor_parallel_degree=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] and "Traceback" not in done.stderr
