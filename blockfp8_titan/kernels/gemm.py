@@ -61,7 +61,7 @@ def _gemm_kernel(
             a = tl.load(a_ptrs)
             b = tl.load(b_ptrs)
         else:
-            inside = (block * BLOCK + k < K)[None, :]
+            inside = (k < K - block * BLOCK)[None, :]
             a = tl.load(a_ptrs, mask=inside, other=0.0)
             b = tl.load(b_ptrs, mask=inside, other=0.0)
         a_dq = tl.load(a_dq_ptrs + block * a_dq_stride_k)

@@ -41,5 +41,6 @@ def quantize(x, dq, reciprocal):
     No clamp: |x / dq| <= 448 (1 + 2^-23), which the cast rounds to 448. NaN casts to 0x7F.
     """
     quotient = x * reciprocal
-    quotient = tl.fma(tl.fma(-quotient, dq, x), reciprocal, quotient)
-    return quotient.to(tl.float8e4nv)
+    # In this order of signs -0 stays -0.
+    excess = tl.fma(quotient, dq, -x)
+    return tl.fma(-excess, reciprocal, quotient).to(tl.float8e4nv)

@@ -1,0 +1,99 @@
+"""Runs the kernels, through their real launchers, in Triton's interpreter on the CPU and compares them with their twins.
+
+Started by test_kernels.py with TRITON_INTERPRET=1. The interpreter's own fp8 cast loses a carry (127.8 -> 64 in Triton 3.6 and
+3.9) and its fma rounds twice: both are mended here, in the test, so that what is compared is the kernel.
+"""
+
+import contextlib
+import os
+import types
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from blockfp8_titan import ops, reference
+from blockfp8_titan.numerics import relative_error
+from blockfp8_titan.ops import gemm as gemm_ops
+from blockfp8_titan.ops import quantize as quantize_ops
+
+from .data import KINDS, bits, draw
+
+assert os.environ["TRITON_INTERPRET"] == "1"
+
+TORCH = {
+    tl.float32: torch.float32,
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float16: torch.float16,
+}
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+def convert_float(data, source, target, rounding_mode):
+    x = torch.from_numpy(np.ascontiguousarray(data).view(UNSIGNED[data.itemsize])).view(TORCH[source]).float()
+    if target == tl.float8e4nv:  # as the hardware does: saturate, NaN without a sign
+        x = torch.where(x.isnan(), torch.nan, x.clamp(-448, 448))
+    out = x.to(TORCH[target])
+    return out.view(getattr(torch, f"uint{8 * out.element_size()}")).numpy().reshape(data.shape)
+
+
+def fma(self, x, y, z):
+    exact = x.data.astype(np.float64) * y.data + z.data
+    return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
+
+
+def on_cpu():
+    interpreter._convert_float = convert_float
+    interpreter.InterpreterBuilder.create_fma = fma
+    for module in (quantize_ops, gemm_ops):
+        module.on_device_of = lambda x: contextlib.nullcontext()
+    quantize_ops.resolve_quantize_backend = lambda device: "triton"
+    gemm_ops.resolve_gemm_backend = lambda backend, device: "triton"
+    torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=2, major=9)
+
+
+def check_quantize(kind, shape, dtype, scale_format):
+    x = draw(kind, *shape, dtype)
+    for run, twin in (
+        (quantize_ops._cuda_1x128, reference.quantize_1x128),
+        (quantize_ops._cuda_1x128_both, reference.quantize_1x128_both),
+        (quantize_ops._cuda_128x128, reference.quantize_128x128),
+    ):
+        for i, (out, expected) in enumerate(zip(run(x, scale_format, "auto"), twin(x, scale_format), strict=True)):
+            assert torch.equal(bits(out), bits(expected)), (twin.__name__, i, kind, shape, dtype, scale_format)
+
+
+def check_transpose(shape):
+    w_q = torch.randint(256, shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    out = quantize_ops._cuda_transpose(w_q)
+    assert torch.equal(bits(out), bits(w_q.t())), shape
+    rows = out.as_strided((out.shape[0], out.stride(0)), out.stride()).contiguous().view(torch.uint8)
+    assert not rows[:, shape[0] :].any(), shape
+
+
+def check_gemm(M, N, K):
+    a = ops.quantize_1x128(torch.randn(M, K))
+    per_block, per_row = ops.quantize_128x128(torch.randn(N, K)), ops.quantize_1x128(torch.randn(N, K))
+    for run, twin, b in (
+        (gemm_ops._cuda_1x128_128x128, reference.gemm_1x128_128x128, per_block),
+        (gemm_ops._cuda_1x128_1x128, reference.gemm_1x128_1x128, per_row),
+    ):
+        for out_dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 3e-3)):
+            out = run(*a, *b, out_dtype, "triton")
+            assert relative_error(twin(*a, *b, torch.float32), out) < bound, (twin.__name__, M, N, K, out_dtype)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    on_cpu()
+    for number, kind in enumerate(KINDS):
+        for dtype in (torch.bfloat16, torch.float32):
+            check_quantize(kind, (130, 144), dtype, ("fp32", "pow2")[number % 2])
+            check_quantize(kind, (7, 272), dtype, ("pow2", "fp32")[number % 2])
+    for shape in ((1, 16), (7, 144), (129, 272)):
+        check_transpose(shape)
+    for shape in ((1, 16, 16), (7, 144, 272), (129, 272, 256), (300, 16, 128)):
+        check_gemm(*shape)
+    print("all equal")

@@ -1,0 +1,108 @@
+"""The kernels without a GPU: compiled for every supported chip, and run in Triton's interpreter."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from blockfp8_titan.kernels import gemm, quantize  # noqa: E402
+
+CAPABILITIES = [89, 90, 100, 120]
+SHARED_MEMORY = {89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may take
+
+INTS = {name: "i32" for name in ("M", "N", "K", "x_stride", "xt_stride", "w_stride", "a_stride", "b_stride")}
+ONE_BYTE = {name: "*fp8e4nv" for name in ("x_q_ptr", "xt_q_ptr", "w_q_ptr", "a_ptr", "b_ptr")}
+MULTIPLIERS = {name: "*fp32" for name in ("x_dq_ptr", "xt_dq_ptr", "w_dq_ptr", "a_dq_ptr", "b_dq_ptr")}
+STRIDES = {f"{operand}_dq_stride_{dim}": "i32" for operand, dim in ("am", "ak", "bn", "bk")}
+TYPES = INTS | ONE_BYTE | MULTIPLIERS | STRIDES
+GEMM = {"BLOCK_N": 128, "GROUP_M": 8}
+CASES = {
+    "quantize_1x128": (
+        quantize._quantize_1x128_kernel,
+        {"x_ptr": "*bf16"},
+        {"BOTH": False, "PADDED": False, "POW2": False},
+        8,
+    ),
+    "quantize_1x128_both": (
+        quantize._quantize_1x128_kernel,
+        {"x_ptr": "*bf16"},
+        {"BOTH": True, "PADDED": False, "POW2": False},
+        8,
+    ),
+    "quantize_1x128_both, padded": (
+        quantize._quantize_1x128_kernel,
+        {"x_ptr": "*fp32"},
+        {"BOTH": True, "PADDED": True, "POW2": True},
+        8,
+    ),
+    "quantize_128x128": (quantize._quantize_128x128_kernel, {"w_ptr": "*fp32"}, {"POW2": False}, 8),
+    "transpose": (quantize._transpose_kernel, {"x_ptr": "*u8", "xt_ptr": "*u8"}, {}, 8),
+    "gemm": (gemm._gemm_kernel, {"c_ptr": "*bf16"}, {"B_PER_ROW": False, "WHOLE_K": True, "BLOCK_M": 128} | GEMM, 8),
+    "gemm, per row": (
+        gemm._gemm_kernel,
+        {"c_ptr": "*fp32"},
+        {"B_PER_ROW": True, "WHOLE_K": True, "BLOCK_M": 128} | GEMM,
+        8,
+    ),
+    "gemm, ragged K": (
+        gemm._gemm_kernel,
+        {"c_ptr": "*bf16"},
+        {"B_PER_ROW": True, "WHOLE_K": False, "BLOCK_M": 64} | GEMM,
+        4,
+    ),
+}
+
+
+def compile_for(capability, kernel, types, constants, num_warps):
+    types = TYPES | types
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    assert all(name in constants for name, kind in signature.items() if kind == "constexpr"), signature
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr"
+    }
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
+    stages = {"num_stages": 4 if capability in (90, 100) else 3} if kernel is gemm._gemm_kernel else {}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps, **stages})
+
+
+def sass_resources(compiled, tmp_path):
+    """(registers, bytes of stack) from cuobjdump, which Triton's wheel carries."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_compiles_for_every_supported_chip(capability, case, tmp_path):
+    compiled = compile_for(capability, *CASES[case])
+    assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024
+    registers, stack = sass_resources(compiled, tmp_path)
+    assert 0 < registers <= 255
+    if (capability, case) != (100, "gemm, per row"):  # tensor memory of datacenter Blackwell wants a kernel of its own
+        assert stack == 0, "registers spill"
+
+
+def test_hopper_runs_on_its_own_matrix_instructions():
+    ptx = compile_for(90, *CASES["gemm"]).asm["ptx"]
+    assert "wgmma.mma_async" in ptx and "e4m3.e4m3" in ptx
+
+
+def test_kernels_equal_their_twins_in_the_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.interpreted"],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and run.stdout.endswith("all equal\n"), run.stderr[-3000:]
