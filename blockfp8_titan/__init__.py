@@ -1,17 +1,25 @@
 """Blockwise-fp8 training of Llama for torchtitan.
 
-Importing the package registers the model converter "blockwise_fp8" with torchtitan, where that is installed.
+Importing the package registers the model converter "blockwise_fp8" with torchtitan. Everything else works without torchtitan.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from . import ops
+from .conversion import ConversionReport, convert_model
 from .linear import BlockwiseFP8Linear
 from .recipe import Recipe
+from .rules import Rule
+
+try:
+    from . import converter as _  # noqa: F401
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "torchtitan":
+        raise
 
 try:
     __version__ = version("blockfp8-titan")
 except PackageNotFoundError:  # a checkout on PYTHONPATH
     __version__ = "0+unknown"
 
-__all__ = ["BlockwiseFP8Linear", "Recipe", "ops"]
+__all__ = ["BlockwiseFP8Linear", "ConversionReport", "Recipe", "Rule", "convert_model", "ops"]

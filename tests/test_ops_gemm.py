@@ -156,5 +156,5 @@ def test_cublas_names_the_size_it_does_not_take(kind):
         pytest.skip(reason)
     x = ops.quantize_1x128(torch.randn(7, 256, device="cuda"))
     b = operands(kind, 16, 48, 256, device="cuda")[2:]
-    with pytest.raises(ValueError, match='M = 7 is not a positive multiple of 16; use "auto"'):
+    with pytest.raises(ValueError, match='M = 7 is not a positive multiple of 4; use "auto"'):
         gemm(kind, *x, *b, backend="cublas")

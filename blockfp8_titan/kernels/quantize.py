@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..formats import BLOCK as _BLOCK
-from .scaling import block_multiplier, magnitude_bits, quantize
+from .scaling import block_multiplier, magnitude_bits, quantize, reciprocal
 
 BLOCK = tl.constexpr(_BLOCK)
 
@@ -44,13 +44,13 @@ def _quantize_1x128_kernel(
     bits = magnitude_bits(x)
 
     dq = block_multiplier(tl.max(bits, 1), POW2)
-    x_q = quantize(x, dq[:, None], tl.div_rn(1.0, dq)[:, None])
+    x_q = quantize(x, dq[:, None], reciprocal(dq)[:, None])
     tl.store(x_q_ptr + m[:, None] * K + k[None, :], x_q, mask=mask)
     tl.store(x_dq_ptr + tl.program_id(0).to(tl.int64) * M + m, dq, mask=m < M)
 
     if BOTH:
         dq = block_multiplier(tl.max(bits, 0), POW2)
-        xt_q = quantize(x, dq[None, :], tl.div_rn(1.0, dq)[None, :])
+        xt_q = quantize(x, dq[None, :], reciprocal(dq)[None, :])
         if PADDED:
             # Rows past M are zero, but in a block that holds NaN zero times its multiplier is NaN too.
             payload = tl.where((m < M)[:, None], xt_q.to(tl.uint8, bitcast=True), 0)
@@ -66,7 +66,7 @@ def _quantize_128x128_kernel(w_ptr, w_q_ptr, w_dq_ptr, N, K, w_stride, POW2: tl.
     n, k, mask = _tile(N, K)
     w = tl.load(w_ptr + n[:, None] * w_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
     dq = block_multiplier(tl.max(tl.max(magnitude_bits(w), 1), 0), POW2)
-    w_q = quantize(w, dq, tl.div_rn(1.0, dq))
+    w_q = quantize(w, dq, reciprocal(dq))
     tl.store(w_q_ptr + n[:, None] * K + k[None, :], w_q, mask=mask)
     tl.store(w_dq_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), dq)
 

@@ -1,6 +1,8 @@
 """The scale formula, once: every kernel that quantises calls these device functions.
 
-Their PyTorch twin is `reference.block_multiplier` and the division there; results are equal bit for bit.
+Their PyTorch twin is `reference.block_multiplier` and the division there; results are equal bit for bit. Division instructions
+are slow, so quotients are corrected instead (P. Markstein, IBM J. Res. Dev. 34, 1990): the residual of an approximate quotient
+is exact in a fused multiply-add, and adding it times the reciprocal rounds as the true quotient does.
 """
 
 import triton
@@ -10,6 +12,7 @@ from ..formats import E4M3_MAX as _E4M3_MAX
 from ..formats import EPS as _EPS
 
 E4M3_MAX = tl.constexpr(_E4M3_MAX)
+E4M3_MAX_RECIPROCAL = tl.constexpr(float.fromhex("0x1.24924Ap-9"))  # 1 / 448 rounded to fp32
 EPS = tl.constexpr(_EPS)
 
 
@@ -26,21 +29,27 @@ def magnitude_bits(x):
 def block_multiplier(amax_bits, POW2: tl.constexpr):
     """The dequantisation multiplier, fp32, of blocks with these greatest `magnitude_bits`; NaN where one is Inf or NaN."""
     amax = tl.maximum(amax_bits.to(tl.float32, bitcast=True), EPS)
-    dq = tl.div_rn(amax, E4M3_MAX)
+    dq = amax * E4M3_MAX_RECIPROCAL
+    dq = tl.fma(tl.fma(dq, -E4M3_MAX, amax), E4M3_MAX_RECIPROCAL, dq)
     if POW2:
         dq = ((dq.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where(amax_bits < 0x7F800000, dq, float("nan"))
 
 
 @triton.jit
-def quantize(x, dq, reciprocal):
-    """e4m3(x / dq), with reciprocal = 1 / dq rounded to nearest; all three of one shape or broadcast to it.
+def reciprocal(dq):
+    """1 / dq rounded to nearest: a Newton step after the approximate division of `/`."""
+    approximate = 1.0 / dq
+    return tl.fma(tl.fma(dq * -1.0, approximate, 1.0), approximate, approximate)
 
-    Three multiply-adds give the correctly rounded quotient that a division instruction takes about ten for (P. Markstein, IBM
-    J. Res. Dev. 34, 1990): the residual of a first quotient is exact in an FMA and corrects it.
+
+@triton.jit
+def quantize(x, dq, inverse):
+    """e4m3(x / dq), with inverse = reciprocal(dq); shapes broadcast.
+
     No clamp: |x / dq| <= 448 (1 + 2^-23), which the cast rounds to 448. NaN casts to 0x7F.
     """
-    quotient = x * reciprocal
-    # In this order of signs -0 stays -0.
-    excess = tl.fma(quotient, dq, -x)
-    return tl.fma(-excess, reciprocal, quotient).to(tl.float8e4nv)
+    quotient = x * inverse
+    # Signs so placed that -0 stays -0; x * -1.0 folds into the instruction, where Triton 3.6 would compute -x as 0 - x.
+    excess = tl.fma(quotient, dq, x * -1.0)
+    return tl.fma(excess, inverse * -1.0, quotient).to(tl.float8e4nv)
