@@ -68,8 +68,12 @@ def compile_for(capability, kernel, types, constants, num_warps):
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr"
     }
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
-    stages = {"num_stages": 4 if capability in (90, 100) else 3} if kernel is gemm._gemm_kernel else {}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps, **stages})
+    options = {"num_warps": num_warps}
+    if kernel is gemm._gemm_kernel:
+        options["num_stages"] = 4 if capability in (90, 100) else 3
+    if constants.get("BOTH") and capability in (90, 100):
+        options["maxnreg"] = 128
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def sass_resources(compiled, tmp_path):

@@ -41,6 +41,12 @@ def cublas_obstacle(device: torch.device) -> str | None:
     return None
 
 
+@cache
+def is_datacenter(device: torch.device) -> bool:
+    """Hopper and datacenter Blackwell: 227 KiB of shared memory for a block where other GPUs have 99."""
+    return torch.cuda.get_device_properties(device).major in (9, 10)
+
+
 def resolve_gemm_backend(requested: GemmBackend, device: torch.device) -> ResolvedBackend:
     """The backend that multiplies on this device.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..formats import ALIGNMENT, BLOCK, ceil_div
 from ..recipe import GemmBackend
-from .backend import ResolvedBackend, resolve_gemm_backend
+from .backend import ResolvedBackend, is_datacenter, resolve_gemm_backend
 from .library import check_matrix, define, on_device_of
 
 _E4M3 = torch.float8_e4m3fn
@@ -161,9 +161,9 @@ def _triton(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_per_row: boo
     out = a_q.new_empty((M, N), dtype=out_dtype)
     if out.numel() == 0:
         return out
-    properties = torch.cuda.get_device_properties(a_q.device)
     # Half tiles where whole ones would leave multiprocessors idle.
-    block_m = 128 if ceil_div(M, 128) * ceil_div(N, 128) >= properties.multi_processor_count else 64
+    multiprocessors = torch.cuda.get_device_properties(a_q.device).multi_processor_count
+    block_m = 128 if ceil_div(M, 128) * ceil_div(N, 128) >= multiprocessors else 64
     with on_device_of(a_q):
         _gemm_kernel[(ceil_div(M, block_m) * ceil_div(N, 128),)](
             a_q,
@@ -186,8 +186,8 @@ def _triton(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_per_row: boo
             BLOCK_N=128,
             GROUP_M=8,
             num_warps=8 if block_m == 128 else 4,
-            # A stage takes 32 KiB of shared memory: Hopper's and datacenter Blackwell's 227 KiB hold four, others' 99 KiB three.
-            num_stages=4 if properties.major in (9, 10) else 3,
+            # A stage takes 32 KiB of shared memory.
+            num_stages=4 if is_datacenter(a_q.device) else 3,
             enable_fp_fusion=True,  # scaling and accumulation are one instruction; Triton 3.10 changes the default
         )
     return out
