@@ -6,9 +6,10 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL = 40
@@ -60,6 +61,7 @@ def train(
     log: Path,
     timeout: float,
     cache: Path,
+    environment: Mapping[str, str] = MappingProxyType({}),
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> list[Step]:
     """Train with ``torchrun -m torchtitan.train`` on this machine and return the logged steps.
@@ -71,6 +73,7 @@ def train(
         log: file that receives the output of all processes; its folder is made.
         timeout: seconds until the run is stopped.
         cache: folder for the data set's prepared form.
+        environment: variables to set for the processes.
         on_step: called with each step as it is logged.
     Raises:
         TrainingFailed: the exit status is not 0, or the time is over.
@@ -79,7 +82,7 @@ def train(
     command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     command += [f"--nproc-per-node={nproc}", "--role=rank", "--tee=3", f"--log-dir={log.parent / 'ranks'}"]
     command += ["-m", "torchtitan.train", f"--job.config_file={config}", "--metrics.disable_color_printing", *overrides]
-    environment = os.environ | {
+    own = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(cache),
@@ -89,7 +92,7 @@ def train(
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env=os.environ | own | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -25,7 +25,7 @@ SUFFIXES = {".py", ".pyi", ".rst", ".txt", ".md"}
 # Tests, tables and third-party trees: large, and hardly text.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages"}
 SHORTEST, LONGEST = 500, 1_000_000
-PIECE = 4_000
+PIECE = 500
 
 
 def files(source: Path) -> list[Path]:
@@ -42,7 +42,7 @@ def files(source: Path) -> list[Path]:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cut a text at line ends into pieces that end with the line in which they reach 4,000 characters."""
+    """Cut a text at line ends into pieces that end with the line in which they reach 500 characters."""
     piece, length = [], 0
     for line in text.splitlines(keepends=True):
         piece.append(line)

@@ -1,0 +1,99 @@
+"""Markers of tests that need GPUs, a tiny corpus, and training runs for the tests of whole runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import launch
+import make_corpus
+import pytest
+import torch
+
+CAPABILITY = (8, 9)
+
+
+def suitable_gpus() -> int:
+    """The number of CUDA devices that multiply fp8."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return 0
+    return sum(torch.cuda.get_device_capability(i) >= CAPABILITY for i in range(torch.cuda.device_count()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = suitable_gpus()
+    for item in items:
+        marker = item.get_closest_marker("gpus")
+        needed = marker.args[0] if marker else 1 if item.get_closest_marker("gpu") else 0
+        if needed > here:
+            capability = ".".join(map(str, CAPABILITY))
+            reason = f"needs {needed} CUDA GPU(s) of compute capability {capability} or higher, found {here}"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with corpus/ and tokenizer/ of 600,000 characters."""
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus.make(folder, limit=600_000)
+    return folder
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run: what rank 0 logged, and the run's folder."""
+
+    steps: list[launch.Step]
+    folder: Path
+
+    @property
+    def losses(self) -> list[float]:
+        return [step.loss for step in self.steps]
+
+    @property
+    def grad_norms(self) -> list[float]:
+        return [step.grad_norm for step in self.steps]
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / "checkpoint" / f"step-{step}"
+
+
+Train = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Train:
+    """Run torchtitan's trainer on a config of the project's, small: 4 sequences of 64 tokens a process and step.
+
+    The schedule of the learning rate is that of 6 steps, however many are run.
+    """
+
+    def run(config: str, *overrides: str, steps: int, nproc: int = 2, device: str = "cpu") -> Run:
+        folder = tmp_path_factory.mktemp("run")
+        small = [
+            f"--job.dump_folder={folder}",
+            f"--model.hf_assets_path={corpus / 'tokenizer'}",
+            f"--training.dataset_path={corpus / 'corpus'}",
+            f"--training.steps={steps}",
+            "--training.seq_len=64",
+            "--training.local_batch_size=4",
+            "--lr_scheduler.total_steps=6",
+            "--lr_scheduler.warmup_steps=2",
+            "--metrics.log_freq=1",
+        ]
+        logged = launch.train(
+            launch.ROOT / "configs" / f"{config}.toml",
+            [*small, *overrides],
+            nproc=nproc,
+            log=folder / "log.txt",
+            timeout=300,
+            cache=corpus / "cache",
+            environment={"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {},
+        )
+        assert [step.step for step in logged] == list(range(logged[0].step, steps + 1))
+        return Run(logged, folder)
+
+    return run

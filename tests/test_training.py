@@ -1,0 +1,165 @@
+"""Whole runs of torchtitan's trainer with two processes: fp8 beside bf16, and with what else a run may use."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import launch
+import pytest
+import torch
+
+from .conftest import Run, Train
+
+STEPS = 6
+FULL_CHECKPOINTS = ("--checkpoint.enable", "--checkpoint.interval=3", "--checkpoint.no_last_save_model_only")
+
+
+@pytest.fixture(scope="module")
+def bf16(train: Train) -> Run:
+    return train("debug_bf16", *FULL_CHECKPOINTS, steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def fp8(train: Train) -> Run:
+    return train("debug_blockwise_fp8", *FULL_CHECKPOINTS, steps=STEPS)
+
+
+def initial_load(run: Run) -> tuple[str, str]:
+    """Overrides that start a run with the final weights of another."""
+    return "--checkpoint.enable", f"--checkpoint.initial_load_path={run.checkpoint(STEPS)}"
+
+
+@pytest.fixture(scope="module")
+def fp8_from_bf16(train: Train, bf16: Run) -> Run:
+    return train("debug_blockwise_fp8", *initial_load(bf16), steps=2)
+
+
+def largest_gap(a: Run, b: Run) -> float:
+    """The largest relative difference of the two runs' losses, over the steps that both logged."""
+    return max(abs(x / y - 1) for x, y in zip(a.losses, b.losses, strict=False))
+
+
+def weights(checkpoint: Path, file: Path) -> dict[str, torch.Tensor]:
+    """Read the model from a distributed checkpoint in a process that cannot import this package."""
+    script = """
+import sys, torch
+sys.modules["blockfp8_titan"] = None
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torchtitan.models.llama3 import Transformer, llama3_args
+dcp_to_torch_save(sys.argv[1], sys.argv[2])
+state = torch.load(sys.argv[2], weights_only=False)
+model = {name: state[name] for name in Transformer(llama3_args["debugmodel"]).state_dict()}
+assert all(type(tensor) is torch.Tensor for tensor in model.values()), {type(t) for t in model.values()}
+torch.save(model, sys.argv[2])
+"""
+    subprocess.run([sys.executable, "-c", script, str(checkpoint), str(file)], check=True)
+    return torch.load(file, weights_only=True)
+
+
+def test_fp8_trains_as_bf16_does(bf16: Run, fp8: Run) -> None:
+    assert bf16.losses[-1] < bf16.losses[0] - 0.5
+    assert fp8.losses[-1] < fp8.losses[0] - 0.5
+    assert fp8.losses != bf16.losses
+    assert largest_gap(fp8, bf16) < 0.005
+    assert all(abs(x / y - 1) < 0.02 for x, y in zip(fp8.grad_norms, bf16.grad_norms, strict=True))
+
+
+def test_the_conversion_is_reported(fp8: Run) -> None:
+    report = json.loads((fp8.folder / "blockwise_fp8_conversion.json").read_text())
+    assert "layers.{0-5}.feed_forward.w1 ×6" in fp8.log.read_text()
+    assert "layers.5.feed_forward.w1" in json.dumps(report)
+
+
+def test_resuming_repeats_the_undisturbed_run(train: Train, fp8: Run, tmp_path: Path) -> None:
+    resumed = train(
+        "debug_blockwise_fp8",
+        *FULL_CHECKPOINTS,
+        f"--checkpoint.initial_load_path={fp8.checkpoint(3)}",
+        "--checkpoint.no_initial_load_model_only",
+        steps=STEPS,
+    )
+    assert [step.step for step in resumed.steps] == [4, 5, 6]
+    assert resumed.losses == fp8.losses[3:]
+    assert resumed.grad_norms == fp8.grad_norms[3:]
+    expected, found = weights(fp8.checkpoint(6), tmp_path / "a.pt"), weights(resumed.checkpoint(6), tmp_path / "b.pt")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_checkpoints_load_in_runs_of_the_other_kind(train: Train, bf16: Run, fp8_from_bf16: Run, fp8: Run) -> None:
+    bf16_from_fp8 = train("debug_bf16", *initial_load(fp8), steps=1)
+    # The first batch again, with six steps of nearly the same training behind it.
+    assert bf16_from_fp8.losses[0] < bf16.losses[0] - 0.5
+    assert fp8_from_bf16.losses[0] < bf16.losses[0] - 0.5
+    assert largest_gap(bf16_from_fp8, fp8_from_bf16) < 0.005
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(train: Train, fp8: Run) -> None:
+    accumulated = train(
+        "debug_blockwise_fp8", "--training.local_batch_size=2", "--training.global_batch_size=8", steps=3
+    )
+    assert "gradient accumulation steps 2" in accumulated.log.read_text()
+    # Two sequences are one group of 128 tokens: what is quantised is the same, the order of sums is not.
+    assert largest_gap(accumulated, fp8) < 2e-4
+
+
+@pytest.mark.parametrize("mode", ["op", "2", "full"])
+def test_activation_checkpointing_changes_no_number(train: Train, fp8: Run, mode: str) -> None:
+    overrides = ["--activation_checkpoint.mode=full"]
+    if mode != "full":
+        overrides = ["--activation_checkpoint.mode=selective", f"--activation_checkpoint.selective_ac_option={mode}"]
+    recomputed = train("debug_blockwise_fp8", *overrides, steps=2)
+    assert recomputed.losses == fp8.losses[:2]
+    assert recomputed.grad_norms == fp8.grad_norms[:2]
+
+
+def test_compiled_blocks(train: Train, fp8: Run) -> None:
+    backend = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
+    compiled = train(
+        "debug_blockwise_fp8",
+        "--compile.enable",
+        "--compile.components=model",
+        f"--compile.backend={backend}",
+        steps=3,
+    )
+    # Fused arithmetic keeps intermediate results in fp32 that eager rounds to bf16.
+    assert largest_gap(compiled, fp8) < 0.005
+
+
+def test_ddp(train: Train, bf16: Run, fp8_from_bf16: Run) -> None:
+    replicated = train(
+        "debug_blockwise_fp8",
+        *initial_load(bf16),
+        "--parallelism.data_parallel_replicate_degree=2",
+        "--parallelism.data_parallel_shard_degree=1",
+        steps=2,
+    )
+    assert "Applied DDP to the model" in replicated.log.read_text()
+    # Weights reach the linears in fp32 here and in bf16 under FSDP.
+    assert largest_gap(replicated, fp8_from_bf16) < 0.005
+
+
+def test_one_process_with_validation(train: Train, corpus: Path) -> None:
+    alone = train(
+        "debug_blockwise_fp8",
+        "--validation.enable",
+        "--validation.dataset=c4_test",
+        f"--validation.dataset_path={corpus / 'corpus'}",
+        "--validation.seq_len=64",
+        "--validation.freq=4",
+        "--validation.steps=2",
+        steps=4,
+        nproc=1,
+    )
+    assert alone.losses[-1] < alone.losses[0] - 0.5
+    assert launch.validation_losses(alone.log)[4] < alone.losses[0] - 0.5
+
+
+@pytest.mark.gpus(2)
+def test_fp8_trains_as_bf16_does_on_gpus(train: Train) -> None:
+    bf16 = train("debug_bf16", steps=STEPS, device="cuda")
+    fp8 = train("debug_blockwise_fp8", steps=STEPS, device="cuda")
+    assert fp8.losses[-1] < fp8.losses[0] - 0.5
+    assert fp8.losses != bf16.losses
+    assert largest_gap(fp8, bf16) < 0.005
