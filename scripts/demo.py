@@ -12,18 +12,16 @@ import json
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import make_corpus
 import matplotlib
 import torch
 from launch import ROOT, Step, TrainingFailed, train
+from provenance import provenance
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -151,29 +149,6 @@ def plot(runs: dict[str, list[Step]], title: str, path: Path) -> None:
         plt.close(figure)
 
 
-def commit() -> str | None:
-    """The checked-out commit, with "+" where tracked files differ from it; None outside a git checkout."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
-
-
-def versions() -> dict[str, str | None]:
-    """The installed versions that matter to the result; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("blockfp8-titan", "torch", "torchtitan", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def device_name(log: Path) -> str:
     """The device as torchtitan logged it."""
     match = re.search(r"\w+ capacity: (.+) with [\d.]+GiB memory", log.read_text())
@@ -231,6 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--compile", action="store_true", help="compile the model's blocks with torch.compile")
     args = parser.parse_args(arguments)
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: must be 1 or more")
+    if args.nproc < 1 or (gpus and args.nproc > gpus):
+        parser.error(f"--nproc {args.nproc}: must be 1 or more, and on GPUs no more than there are ({gpus} here)")
 
     if (DEMO / "tokenizer" / "tokenizer_config.json").exists():
         print("corpus and tokenizer: outputs/demo, made before")
@@ -251,13 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{table(runs, comparison)}\n")
     if not gpus:
         print("Without a GPU, fp8 is computed by plain PyTorch: the losses mean something here, the speed does not.\n")
-    plot(runs, f"Llama 3 debug model, {args.nproc} x {device}", DEMO / "loss.png")
+    plot(runs, f"Llama 3 debug model, {args.nproc} process(es), {device}", DEMO / "loss.png")
     failures = comparison.failures()
     result = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions(),
-        "platform": platform.platform(),
+        **provenance(),
         "device": device,
         "nproc": args.nproc,
         "configs": RUNS,
