@@ -16,6 +16,7 @@ from triton.runtime import interpreter
 from blockfp8_titan import ops, reference
 from blockfp8_titan.numerics import relative_error
 from blockfp8_titan.ops import gemm as gemm_ops
+from blockfp8_titan.ops import library
 from blockfp8_titan.ops import quantize as quantize_ops
 
 from .data import KINDS, bits, draw
@@ -47,8 +48,7 @@ def fma(self, x, y, z):
 def on_cpu():
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_fma = fma
-    for module in (quantize_ops, gemm_ops):
-        module.on_device_of = lambda x: contextlib.nullcontext()
+    library.on_device_of = lambda x: contextlib.nullcontext()
     quantize_ops.resolve_quantize_backend = lambda device: "triton"
     gemm_ops.resolve_gemm_backend = lambda backend, device: "triton"
     torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=2, major=9)

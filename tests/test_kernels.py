@@ -43,7 +43,7 @@ CASES = {
         8,
     ),
     "quantize_128x128": (quantize._quantize_128x128_kernel, {"w_ptr": "*fp32"}, {"POW2": False}, 8),
-    "transpose": (quantize._transpose_kernel, {"x_ptr": "*u8", "xt_ptr": "*u8"}, {}, 8),
+    "transpose": (quantize._transpose_kernel, {"x_ptr": "*fp8e4nv", "xt_ptr": "*fp8e4nv"}, {}, 8),
     "gemm": (gemm._gemm_kernel, {"c_ptr": "*bf16"}, {"B_PER_ROW": False, "WHOLE_K": True, "BLOCK_M": 128} | GEMM, 8),
     "gemm, per row": (
         gemm._gemm_kernel,

@@ -14,19 +14,23 @@ SHAPES = [(0, 256), (1, 16), (7, 144), (127, 128), (129, 208), (130, 272), (384,
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
     """Every buffer that an op allocates starts as NaN, so that an element left unwritten shows."""
-    allocate = torch.Tensor.new_empty
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
 
+
+def poisoned(allocate):
     def new_empty(self, *args, **kwargs):
         out = allocate(self, *args, **kwargs)
-        if not isinstance(out, torch._subclasses.FakeTensor) and out.is_contiguous():
-            out.view(torch.uint8).fill_(0xFF)
+        if not isinstance(out, torch._subclasses.FakeTensor):
+            out.untyped_storage().fill_(0xFF)
         return out
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    return new_empty
 
 
 def test_the_poison_works():
     assert torch.ones(2).new_empty(3).isnan().all()
+    assert torch.ones(2).new_empty_strided((2, 3), (1, 2)).isnan().all()
 
 
 @pytest.mark.gpu

@@ -73,7 +73,9 @@ def _quantize_128x128_kernel(w_ptr, w_q_ptr, w_dq_ptr, N, K, w_stride, POW2: tl.
 
 @triton.jit
 def _transpose_kernel(x_ptr, xt_ptr, M, K, x_stride, xt_stride):
-    """One-byte x [M, K] -> xt [K, xt_stride >= M], zero past M."""
+    """e4m3 x [M, K] -> xt [K, xt_stride >= M], zero past M; moved as bytes."""
+    x_ptr = x_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
+    xt_ptr = xt_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
     m, k, mask = _tile(M, K)
     x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0)
     xt_ptrs = xt_ptr + k[:, None].to(tl.int64) * xt_stride + m[None, :]

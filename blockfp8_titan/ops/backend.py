@@ -47,6 +47,11 @@ def is_datacenter(device: torch.device) -> bool:
     return torch.cuda.get_device_properties(device).major in (9, 10)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def resolve_gemm_backend(requested: GemmBackend, device: torch.device) -> ResolvedBackend:
     """The backend that multiplies on this device.
 

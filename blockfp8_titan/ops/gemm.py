@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import reference
 from ..formats import ALIGNMENT, BLOCK, ceil_div
 from ..recipe import GemmBackend
-from .backend import ResolvedBackend, is_datacenter, resolve_gemm_backend
-from .library import check_matrix, define, on_device_of
+from .backend import ResolvedBackend, is_datacenter, multiprocessors, resolve_gemm_backend
+from .library import check_matrix, define, launch
 
 _E4M3 = torch.float8_e4m3fn
 
@@ -127,9 +127,10 @@ def _cuda_1x128_128x128(a_q, a_dq, b_q, b_dq, out_dtype, backend):
         case "reference":
             return reference.gemm_1x128_128x128(a_q, a_dq, b_q, b_dq, out_dtype)
         case "cublas":
-            # cuBLASLt reads these multipliers along K and wants that stride to be a multiple of four.
-            b_dq = F.pad(b_dq, (0, -b_dq.shape[1] % 4)).contiguous().t()
-            return _cublas(a_q, a_dq, b_q, b_dq, F.ScalingType.BlockWise128x128, out_dtype)
+            # cuBLASLt reads these multipliers along K, in rows of a multiple of four.
+            if b_dq.shape[1] % 4:
+                b_dq = F.pad(b_dq, (0, -b_dq.shape[1] % 4))
+            return _cublas(a_q, a_dq, b_q, b_dq.contiguous().t(), F.ScalingType.BlockWise128x128, out_dtype)
         case "triton":
             return _triton(a_q, a_dq, b_q, b_dq, False, out_dtype)
 
@@ -162,34 +163,17 @@ def _triton(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_per_row: boo
     if out.numel() == 0:
         return out
     # Half tiles where whole ones would leave multiprocessors idle.
-    multiprocessors = torch.cuda.get_device_properties(a_q.device).multi_processor_count
-    block_m = 128 if ceil_div(M, 128) * ceil_div(N, 128) >= multiprocessors else 64
-    with on_device_of(a_q):
-        _gemm_kernel[(ceil_div(M, block_m) * ceil_div(N, 128),)](
-            a_q,
-            a_dq,
-            b_q,
-            b_dq,
-            out,
-            M,
-            N,
-            K,
-            a_q.stride(0),
-            b_q.stride(0),
-            a_dq.stride(0),
-            a_dq.stride(1),
-            b_dq.stride(0),
-            b_dq.stride(1),
-            B_PER_ROW=b_per_row,
-            WHOLE_K=K % BLOCK == 0,
-            BLOCK_M=block_m,
-            BLOCK_N=128,
-            GROUP_M=8,
-            num_warps=8 if block_m == 128 else 4,
-            # A stage takes 32 KiB of shared memory.
-            num_stages=4 if is_datacenter(a_q.device) else 3,
-            enable_fp_fusion=True,  # scaling and accumulation are one instruction; Triton 3.10 changes the default
-        )
+    block_m = 128 if ceil_div(M, 128) * ceil_div(N, 128) >= multiprocessors(a_q.device) else 64
+    launch(
+        _gemm_kernel,
+        (ceil_div(M, block_m) * ceil_div(N, 128), 1, 1),
+        (a_q, a_dq, b_q, b_dq, out, M, N, K, a_q.stride(0), b_q.stride(0), *a_dq.stride(), *b_dq.stride()),
+        (b_per_row, K % BLOCK == 0, block_m, 128, 8),
+        num_warps=8 if block_m == 128 else 4,
+        # A stage takes 32 KiB of shared memory.
+        num_stages=4 if is_datacenter(a_q.device) else 3,
+        enable_fp_fusion=True,  # scaling and accumulation are one instruction; Triton 3.10 changes the default
+    )
     return out
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,43 @@ def define(
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it x's."""
-    return nullcontext() if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
+    return nullcontext() if x.get_device() == torch.cuda.current_device() else torch.cuda.device(x.device)
+
+
+_compiled: dict[tuple[object, ...], Any] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    args: tuple[Tensor | int, ...],
+    constants: tuple[int | bool, ...] = (),
+    **options: int | bool | None,
+) -> None:
+    """Launch a Triton kernel, remembering what it was compiled to.
+
+    Triton's own search for the specialisation that fits the arguments costs more host time than the launch itself.
+
+    Args:
+        grid: all three dimensions.
+        args: the kernel's first parameters, a tensor first.
+        constants: its others, all tl.constexpr.
+        options: num_warps and its like; they must follow from kernel, device and constants.
+    """
+    key = (kernel, args[0].get_device(), constants, *map(_specialisation, args))
+    compiled = _compiled.get(key)
+    with on_device_of(args[0]):
+        if compiled is None:
+            _compiled[key] = kernel[grid](*args, *constants, **options)
+        else:
+            compiled[grid](*args, *constants)
+
+
+def _specialisation(arg: Tensor | int) -> object:
+    """What Triton compiles differently for: a tensor's dtype and alignment; 1, multiples of 16 and 64-bit numbers."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    return arg if arg == 1 else (arg % 16 == 0, arg >= 2**31)
 
 
 def check_matrix(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -14,7 +14,7 @@ from .. import reference
 from ..formats import ALIGNMENT, BLOCK, ceil_div, round_up
 from ..recipe import ScaleFormat
 from .backend import is_datacenter, resolve_quantize_backend
-from .library import check_aligned, check_matrix, define, on_device_of
+from .library import check_aligned, check_matrix, define, launch
 
 QuantizeBackend = Literal["auto", "reference"]
 
@@ -113,7 +113,7 @@ def _aligned_rows(like: Tensor, m: int, k: int) -> Tensor:
 
 
 def _column_major(like: Tensor, m: int, k: int) -> Tensor:
-    return like.new_empty((ceil_div(k, BLOCK), m), dtype=torch.float32).t()
+    return like.new_empty_strided((m, ceil_div(k, BLOCK)), (1, m), dtype=torch.float32)
 
 
 def _allocate_1x128(x: Tensor, scale_format: str, backend: str) -> tuple[Tensor, Tensor]:
@@ -177,8 +177,8 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
-def _grid(m: int, k: int) -> tuple[int, int]:
-    return ceil_div(k, BLOCK), ceil_div(m, BLOCK)
+def _grid(m: int, k: int) -> tuple[int, int, int]:
+    return ceil_div(k, BLOCK), ceil_div(m, BLOCK), 1
 
 
 def _cuda_1x128(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
@@ -207,25 +207,16 @@ def _launch_1x128(
         return
     both = xt_q is not None
     xt_stride = round_up(M, ALIGNMENT)
-    with on_device_of(x):
-        _quantize_1x128_kernel[_grid(M, K)](
-            x,
-            x_q,
-            x_dq,
-            xt_q if both else x_q,
-            xt_dq if both else x_dq,
-            M,
-            K,
-            x.stride(0),
-            xt_stride,
-            BOTH=both,
-            PADDED=both and xt_stride != M,
-            POW2=scale_format == "pow2",
-            num_warps=8,
-            # Two programs on a multiprocessor, one computing while the other loads: 51 -> 78 % of copy bandwidth on an H100.
-            # Other GPUs would spill.
-            maxnreg=128 if both and is_datacenter(x.device) else None,
-        )
+    launch(
+        _quantize_1x128_kernel,
+        _grid(M, K),
+        (x, x_q, x_dq, xt_q if both else x_q, xt_dq if both else x_dq, M, K, x.stride(0), xt_stride),
+        (both, both and xt_stride != M, scale_format == "pow2"),
+        num_warps=8,
+        # Two programs on a multiprocessor, one computing while the other loads: 51 -> 78 % of copy bandwidth on an H100.
+        # Other GPUs would spill.
+        maxnreg=128 if both and is_datacenter(x.device) else None,
+    )
 
 
 def _cuda_128x128(w: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
@@ -237,10 +228,8 @@ def _cuda_128x128(w: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[T
     w = _rows(w)
     N, K = w.shape
     if N:
-        with on_device_of(w):
-            _quantize_128x128_kernel[_grid(N, K)](
-                w, w_q, w_dq, N, K, w.stride(0), POW2=scale_format == "pow2", num_warps=8
-            )
+        args = (w, w_q, w_dq, N, K, w.stride(0))
+        launch(_quantize_128x128_kernel, _grid(N, K), args, (scale_format == "pow2",), num_warps=8)
     return w_q, w_dq
 
 
@@ -253,11 +242,7 @@ def _cuda_transpose(w_q: Tensor) -> Tensor:
     w_q = _rows(w_q)
     N, K = w_q.shape
     if w_q.numel():
-        # As bytes: a transposition computes nothing, and Triton moves bytes on every GPU.
-        with on_device_of(w_q):
-            _transpose_kernel[_grid(N, K)](
-                w_q.view(torch.uint8), out.view(torch.uint8), N, K, w_q.stride(0), out.stride(0), num_warps=8
-            )
+        launch(_transpose_kernel, _grid(N, K), (w_q, out, N, K, w_q.stride(0), out.stride(0)), num_warps=8)
     return out
 
 
