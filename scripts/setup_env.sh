@@ -25,6 +25,5 @@ fi
 echo "setup_env.sh: installing into .venv (Python $version) ..."
 "$python" -m venv --clear .venv ||
     fail "$python has no working venv module; on Debian and Ubuntu: apt-get install python3-venv"
-# Not compiling what is never imported saves more than a minute.
-.venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c scripts/constraints.txt -e '.[test,plots]'
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e '.[test,plots]'
 echo "$stamp" >.venv/stamp
