@@ -16,7 +16,7 @@ from torchtitan.tools.logging import logger
 
 from .config import BlockwiseFP8
 from .conversion import convert_model
-from .ops.backend import describe_gemm_backend, resolve_gemm_backend
+from .ops.backend import describe_gemm_backend
 
 NAME = "blockwise_fp8"
 REPORT_FILE = "blockwise_fp8_conversion.json"
@@ -82,7 +82,7 @@ class BlockwiseFP8Converter:
         for placed in self.rules:
             if placed.rule.gemm_backend is not None:
                 try:
-                    resolve_gemm_backend(placed.rule.gemm_backend, device)
+                    describe_gemm_backend(placed.rule.gemm_backend, device)
                 except ValueError as error:
                     raise ValueError(f"[{NAME}] {placed}: {error}") from error
 

@@ -10,10 +10,12 @@ import types
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
 from blockfp8_titan import ops, reference
+from blockfp8_titan.kernels import quantize as quantize_kernels
 from blockfp8_titan.numerics import relative_error
 from blockfp8_titan.ops import gemm as gemm_ops
 from blockfp8_titan.ops import library
@@ -45,12 +47,20 @@ def fma(self, x, y, z):
     return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
 
 
+@triton.jit
+def amax_bits(x, axis: tl.constexpr):
+    """What kernels.scaling.amax_bits computes; its own reduction takes the interpreter minutes."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
+
+
 def on_cpu():
+    quantize_kernels.amax_bits = amax_bits
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_fma = fma
     library.on_device_of = lambda x: contextlib.nullcontext()
     quantize_ops.resolve_quantize_backend = lambda device: "triton"
-    gemm_ops.resolve_gemm_backend = lambda backend, device: "triton"
+    gemm_ops.resolve_gemm_backend = lambda backend, device, kind: "triton"
+    gemm_ops.is_hopper = lambda device: False
     torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=2, major=9)
 
 

@@ -2,8 +2,14 @@ import pytest
 import torch
 
 from blockfp8_titan.ops import backend
-from blockfp8_titan.ops.backend import describe_gemm_backend, resolve_gemm_backend, resolve_quantize_backend
+from blockfp8_titan.ops.backend import (
+    FASTER_ON_HOPPER,
+    describe_gemm_backend,
+    resolve_gemm_backend,
+    resolve_quantize_backend,
+)
 
+Y_AND_DX, DW = "1x128_128x128", "1x128_1x128"
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
 
@@ -26,38 +32,39 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "capability, gemm, quantize",
+    "capability, y_and_dx, dw, quantize",
     [
-        ((8, 0), "reference", "reference"),
-        ((8, 9), "triton", "triton"),
-        ((9, 0), "cublas", "triton"),
-        ((10, 0), "triton", "triton"),
-        ((12, 0), "triton", "triton"),
+        ((8, 0), "reference", "reference", "reference"),
+        ((8, 9), "triton", "triton", "triton"),
+        ((9, 0), *FASTER_ON_HOPPER.values(), "triton"),
+        ((10, 0), "triton", "triton", "triton"),
+        ((12, 0), "triton", "triton", "triton"),
     ],
 )
-def test_auto_by_capability(gpu, capability, gemm, quantize):
+def test_auto_by_capability(gpu, capability, y_and_dx, dw, quantize):
     gpu(capability)
-    assert resolve_gemm_backend("auto", GPU) == gemm
+    assert resolve_gemm_backend("auto", GPU, Y_AND_DX) == y_and_dx
+    assert resolve_gemm_backend("auto", GPU, DW) == dw
     assert resolve_quantize_backend(GPU) == quantize
 
 
 def test_auto_on_cpu_is_the_reference():
-    assert resolve_gemm_backend("auto", CPU) == "reference"
+    assert resolve_gemm_backend("auto", CPU, Y_AND_DX) == "reference"
     assert resolve_quantize_backend(CPU) == "reference"
 
 
 def test_old_cuda_has_no_blockwise_cublas(gpu):
     gpu((9, 0), cuda="12.8")
-    assert resolve_gemm_backend("auto", GPU) == "triton"
+    assert resolve_gemm_backend("auto", GPU, Y_AND_DX) == "triton"
     with pytest.raises(ValueError, match=r"needs CUDA 12\.9 or newer, torch was built with 12\.8"):
-        resolve_gemm_backend("cublas", GPU)
+        resolve_gemm_backend("cublas", GPU, Y_AND_DX)
 
 
 def test_amd_runs_the_reference(gpu):
     gpu((9, 4), hip="6.4")
-    assert resolve_gemm_backend("auto", GPU) == "reference"
+    assert resolve_gemm_backend("auto", GPU, Y_AND_DX) == "reference"
     with pytest.raises(ValueError, match="AMD GPU"):
-        resolve_gemm_backend("triton", GPU)
+        resolve_gemm_backend("triton", GPU, Y_AND_DX)
 
 
 def test_forcing_what_the_device_lacks_says_what_it_lacks(gpu):
@@ -65,13 +72,13 @@ def test_forcing_what_the_device_lacks_says_what_it_lacks(gpu):
         ValueError,
         match=r'gemm_backend = "triton": it needs a CUDA GPU of compute capability 8\.9 or higher, the device is cpu; use "auto"',
     ):
-        resolve_gemm_backend("triton", CPU)
+        resolve_gemm_backend("triton", CPU, Y_AND_DX)
     gpu((8, 0))
     with pytest.raises(ValueError, match=r"Test GPU has 8\.0"):
-        resolve_gemm_backend("triton", GPU)
+        resolve_gemm_backend("triton", GPU, Y_AND_DX)
     gpu((10, 0))
     with pytest.raises(ValueError, match=r"needs an NVIDIA Hopper GPU \(compute capability 9\.0\), Test GPU has 10\.0"):
-        resolve_gemm_backend("cublas", GPU)
+        resolve_gemm_backend("cublas", GPU, Y_AND_DX)
 
 
 def test_description_names_backend_device_and_reason(gpu):
@@ -81,4 +88,5 @@ def test_description_names_backend_device_and_reason(gpu):
     )
     gpu((9, 0))
     assert describe_gemm_backend("triton", GPU) == "triton on Test GPU, as configured"
-    assert describe_gemm_backend("auto", GPU).startswith("cublas on Test GPU, chosen by auto; shapes")
+    y_and_dx, dw = FASTER_ON_HOPPER.values()
+    assert describe_gemm_backend("auto", GPU) == f"{y_and_dx} for y and dx, {dw} for dw on Test GPU, chosen by auto"

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..formats import BLOCK as _BLOCK
-from .scaling import block_multiplier, magnitude_bits, quantize, reciprocal
+from .scaling import amax_bits, block_multiplier, quantize, reciprocal
 
 BLOCK = tl.constexpr(_BLOCK)
 
@@ -21,7 +21,64 @@ def _tile(M, K):
 
 
 @triton.jit
-def _quantize_1x128_kernel(
+def _quantize_1x128_kernel(x_ptr, x_q_ptr, x_dq_ptr, M, K, x_stride, POW2: tl.constexpr):
+    """x [M, K] -> x_q [M, K] and x_dq [ceil(K/128), M]."""
+    m, k, mask = _tile(M, K)
+    x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    _store_rows(x, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
+
+
+@triton.jit
+def _store_rows(x, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2: tl.constexpr):
+    """Quantise a tile's rows and store payload and multipliers."""
+    dq = block_multiplier(amax_bits(x, 1), POW2)
+    tl.store(x_q_ptr + m[:, None] * K + k[None, :], quantize(x, dq[:, None], reciprocal(dq)[:, None]), mask=mask)
+    tl.store(x_dq_ptr + tl.program_id(0).to(tl.int64) * M + m, dq, mask=m < M)
+
+
+@triton.jit
+def _tile_by_eights(M, K):
+    """As `_tile`, with rows in the order 0, 8, 16, ..., 120, 1, 9, ...: any order does, since a tile is one group of rows.
+
+    With Triton's layout for 16-byte loads by four warps a thread then holds runs of eight neighbouring rows, and packs four
+    payloads of a column into a word without leaving its registers. What goes through shared memory to be transposed is words, not
+    bytes.
+    """
+    p = tl.arange(0, BLOCK)
+    m = tl.program_id(1).to(tl.int64) * BLOCK + p % 16 * 8 + p // 16
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    return m, k, (m < M)[:, None] & (k < K)[None, :]
+
+
+@triton.jit
+def _pack_rows(payload):
+    """uint8 [128 rows as `_tile_by_eights` orders them, 128 columns] -> int32 [128 columns, 32]: four rows in a word."""
+    bytes_of_words = payload.to(tl.int32).reshape(2, 4, 16, BLOCK)
+    shift = (tl.arange(0, 4) * 8)[None, :, None, None]
+    # A sum of numbers without common bits is their union.
+    return tl.sum(bytes_of_words << shift, 1).permute(2, 1, 0).reshape(BLOCK, 32)
+
+
+@triton.jit
+def _store_columns(x, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, PADDED: tl.constexpr, POW2: tl.constexpr):
+    """Quantise the columns of a tile in the order of `_tile_by_eights` and store them transposed, with their multipliers."""
+    dq = block_multiplier(amax_bits(x, 0), POW2)
+    payload = quantize(x, dq[None, :], reciprocal(dq)[None, :]).to(tl.uint8, bitcast=True)
+    if PADDED:
+        # Rows past M are zero, but in a block that holds NaN zero times its multiplier is NaN too.
+        payload = tl.where((m < M)[:, None], payload, 0)
+    word = tl.program_id(1).to(tl.int64) * 32 + tl.arange(0, 32)
+    words = (
+        xt_q_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        + k[:, None].to(tl.int64) * (xt_stride // 4)
+        + word[None, :]
+    )
+    tl.store(words, _pack_rows(payload), mask=(k < K)[:, None] & (word < xt_stride // 4)[None, :])
+    tl.store(xt_dq_ptr + tl.program_id(1).to(tl.int64) * K + k, dq, mask=k < K)
+
+
+@triton.jit
+def _quantize_1x128_both_kernel(
     x_ptr,
     x_q_ptr,
     x_dq_ptr,
@@ -31,33 +88,17 @@ def _quantize_1x128_kernel(
     K,
     x_stride,
     xt_stride,
-    BOTH: tl.constexpr,
     PADDED: tl.constexpr,
     POW2: tl.constexpr,
 ):
-    """x [M, K] -> x_q [M, K] and x_dq [ceil(K/128), M]; if BOTH also xt_q [K, xt_stride] and xt_dq [ceil(M/128), K].
+    """x [M, K] -> x_q [M, K], x_dq [ceil(K/128), M], xt_q [K, xt_stride] and xt_dq [ceil(M/128), K].
 
-    PADDED: xt_stride > M; columns of xt_q past M become zero.
+    PADDED: xt_stride > M; columns of xt_q past M become zero. xt_stride is a multiple of 16.
     """
-    m, k, mask = _tile(M, K)
+    m, k, mask = _tile_by_eights(M, K)
     x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    bits = magnitude_bits(x)
-
-    dq = block_multiplier(tl.max(bits, 1), POW2)
-    x_q = quantize(x, dq[:, None], reciprocal(dq)[:, None])
-    tl.store(x_q_ptr + m[:, None] * K + k[None, :], x_q, mask=mask)
-    tl.store(x_dq_ptr + tl.program_id(0).to(tl.int64) * M + m, dq, mask=m < M)
-
-    if BOTH:
-        dq = block_multiplier(tl.max(bits, 0), POW2)
-        xt_q = quantize(x, dq[None, :], reciprocal(dq)[None, :])
-        if PADDED:
-            # Rows past M are zero, but in a block that holds NaN zero times its multiplier is NaN too.
-            payload = tl.where((m < M)[:, None], xt_q.to(tl.uint8, bitcast=True), 0)
-            xt_q = payload.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-        xt_q_ptrs = xt_q_ptr + k[:, None].to(tl.int64) * xt_stride + m[None, :]
-        tl.store(xt_q_ptrs, tl.trans(xt_q), mask=(k < K)[:, None] & (m < xt_stride)[None, :])
-        tl.store(xt_dq_ptr + tl.program_id(1).to(tl.int64) * K + k, dq, mask=k < K)
+    _store_rows(x, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
+    _store_columns(x, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, PADDED, POW2)
 
 
 @triton.jit
@@ -65,7 +106,7 @@ def _quantize_128x128_kernel(w_ptr, w_q_ptr, w_dq_ptr, N, K, w_stride, POW2: tl.
     """w [N, K] -> w_q [N, K] and w_dq [ceil(N/128), ceil(K/128)]."""
     n, k, mask = _tile(N, K)
     w = tl.load(w_ptr + n[:, None] * w_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    dq = block_multiplier(tl.max(tl.max(magnitude_bits(w), 1), 0), POW2)
+    dq = block_multiplier(tl.max(amax_bits(w, 1), 0), POW2)
     w_q = quantize(w, dq, reciprocal(dq))
     tl.store(w_q_ptr + n[:, None] * K + k[None, :], w_q, mask=mask)
     tl.store(w_dq_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), dq)

@@ -17,17 +17,19 @@ EPS = tl.constexpr(_EPS)
 
 
 @triton.jit
-def magnitude_bits(x):
-    """The bits of |x|, fp32, as int32: ordered as the magnitudes are, Inf above every number and NaN above Inf.
+def _larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
-    A maximum over these keeps a NaN, which a floating-point maximum drops.
-    """
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+@triton.jit
+def amax_bits(x, axis: tl.constexpr):
+    """The bits of max |x| along an axis, fp32, as int32: at 0x7F800000 for Inf, above for NaN, which a plain maximum would drop."""
+    return tl.reduce(tl.abs(x), axis, _larger_or_nan).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def block_multiplier(amax_bits, POW2: tl.constexpr):
-    """The dequantisation multiplier, fp32, of blocks with these greatest `magnitude_bits`; NaN where one is Inf or NaN."""
+    """The dequantisation multiplier, fp32, of blocks with these `amax_bits`; NaN where a block holds Inf or NaN."""
     amax = tl.maximum(amax_bits.to(tl.float32, bitcast=True), EPS)
     dq = amax * E4M3_MAX_RECIPROCAL
     dq = tl.fma(tl.fma(dq, -E4M3_MAX, amax), E4M3_MAX_RECIPROCAL, dq)

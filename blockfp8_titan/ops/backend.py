@@ -1,13 +1,18 @@
 """Who computes: which backend a device can run, and which one "auto" takes. The one place that chooses."""
 
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from ..recipe import GemmBackend
 
 ResolvedBackend = Literal["triton", "cublas", "reference"]
+GemmKind = Literal["1x128_128x128", "1x128_1x128"]
+_Y_AND_DX, _DW = get_args(GemmKind)
+
+FASTER_ON_HOPPER: dict[GemmKind, ResolvedBackend] = {_Y_AND_DX: "cublas", _DW: "triton"}
+"""What "auto" takes on Hopper: the faster by scripts/results/bench_kernels.json."""
 
 
 @cache
@@ -52,18 +57,25 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def resolve_gemm_backend(requested: GemmBackend, device: torch.device) -> ResolvedBackend:
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernels written for Hopper run: they use its own matrix and copy instructions."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def resolve_gemm_backend(requested: GemmBackend, device: torch.device, kind: GemmKind) -> ResolvedBackend:
     """The backend that multiplies on this device.
 
-    Under "auto": cuBLASLt on Hopper, Triton on other GPUs that have e4m3, the reference elsewhere. A shape that cuBLASLt does
-    not take (see `ops.gemm`) goes to Triton under "auto".
+    Under "auto": the faster of cuBLASLt and Triton on Hopper, Triton on other GPUs that have e4m3, the reference elsewhere.
+    Sizes that cuBLASLt does not take (see `ops.gemm`) go to Triton under "auto".
 
     Raises:
         ValueError: the device cannot run the backend requested.
     """
     obstacles = {"cublas": cublas_obstacle(device), "triton": triton_obstacle(device), "reference": None}
     if requested == "auto":
-        return next(name for name, obstacle in obstacles.items() if obstacle is None)
+        candidates = [FASTER_ON_HOPPER[kind]] if obstacles["cublas"] is None else ["triton", "reference"]
+        return next(name for name in candidates if obstacles[name] is None)
     if obstacle := obstacles[requested]:
         raise ValueError(f'gemm_backend = "{requested}": {obstacle}; use "auto" or "reference"')
     return requested
@@ -80,15 +92,14 @@ def describe_gemm_backend(requested: GemmBackend, device: torch.device) -> str:
     Raises:
         ValueError: as `resolve_gemm_backend`.
     """
-    backend = resolve_gemm_backend(requested, device)
+    backends = {kind: resolve_gemm_backend(requested, device, kind) for kind in get_args(GemmKind)}
     where = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
     why = "chosen by auto" if requested == "auto" else "as configured"
-    notes = {
-        "cublas": "; shapes that cuBLASLt does not take go to Triton" if requested == "auto" else "",
-        "triton": "",
-        "reference": " (plain PyTorch: exact numerics, no speed)",
-    }
-    return f"{backend} on {where}, {why}{notes[backend]}"
+    if "reference" in backends.values():
+        why += " (plain PyTorch: exact numerics, no speed)"
+    if len(set(backends.values())) == 1:
+        return f"{backends[_Y_AND_DX]} on {where}, {why}"
+    return f"{backends[_Y_AND_DX]} for y and dx, {backends[_DW]} for dw on {where}, {why}"
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import reference
 from ..formats import ALIGNMENT, BLOCK, ceil_div
 from ..recipe import GemmBackend
-from .backend import ResolvedBackend, is_datacenter, multiprocessors, resolve_gemm_backend
-from .library import check_matrix, define, launch
+from .backend import GemmKind, ResolvedBackend, is_datacenter, is_hopper, multiprocessors, resolve_gemm_backend
+from .library import check_matrix, define, launch, on_device_of
 
 _E4M3 = torch.float8_e4m3fn
 
@@ -99,8 +99,8 @@ def _cublas_misfit(a_q: Tensor, b_q: Tensor) -> str | None:
     return None
 
 
-def _choose(a_q: Tensor, b_q: Tensor, backend: GemmBackend) -> ResolvedBackend:
-    chosen = resolve_gemm_backend(backend, a_q.device)
+def _choose(a_q: Tensor, b_q: Tensor, backend: GemmBackend, kind: GemmKind) -> ResolvedBackend:
+    chosen = resolve_gemm_backend(backend, a_q.device, kind)
     if chosen == "cublas" and (misfit := _cublas_misfit(a_q, b_q)):
         if backend == "cublas":
             raise ValueError(f'gemm_backend = "cublas": {misfit}; use "auto", which gives such shapes to Triton')
@@ -113,17 +113,17 @@ def _fake(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, out_dtype: torch
 
 
 def _reference_1x128_128x128(a_q, a_dq, b_q, b_dq, out_dtype, backend):
-    resolve_gemm_backend(backend, a_q.device)
+    resolve_gemm_backend(backend, a_q.device, "1x128_128x128")
     return reference.gemm_1x128_128x128(a_q, a_dq, b_q, b_dq, out_dtype)
 
 
 def _reference_1x128_1x128(a_q, a_dq, b_q, b_dq, out_dtype, backend):
-    resolve_gemm_backend(backend, a_q.device)
+    resolve_gemm_backend(backend, a_q.device, "1x128_1x128")
     return reference.gemm_1x128_1x128(a_q, a_dq, b_q, b_dq, out_dtype)
 
 
 def _cuda_1x128_128x128(a_q, a_dq, b_q, b_dq, out_dtype, backend):
-    match _choose(a_q, b_q, backend):
+    match _choose(a_q, b_q, backend, "1x128_128x128"):
         case "reference":
             return reference.gemm_1x128_128x128(a_q, a_dq, b_q, b_dq, out_dtype)
         case "cublas":
@@ -136,7 +136,7 @@ def _cuda_1x128_128x128(a_q, a_dq, b_q, b_dq, out_dtype, backend):
 
 
 def _cuda_1x128_1x128(a_q, a_dq, b_q, b_dq, out_dtype, backend):
-    match _choose(a_q, b_q, backend):
+    match _choose(a_q, b_q, backend, "1x128_1x128"):
         case "reference":
             return reference.gemm_1x128_1x128(a_q, a_dq, b_q, b_dq, out_dtype)
         case "cublas":
@@ -156,6 +156,26 @@ def _cublas(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_scaling: obj
 
 
 def _triton(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_per_row: bool, out_dtype: torch.dtype) -> Tensor:
+    """The kernel for Hopper where it runs, else the portable one."""
+    (M, K), N = a_q.shape, b_q.shape[0]
+    if M and N and K and is_hopper(a_q.device) and _loads_by_tma(a_q) and _loads_by_tma(b_q):
+        from ..kernels.gemm_hopper import multiply_scaled
+
+        out = a_q.new_empty((M, N), dtype=out_dtype)
+        if _loads_by_tma(out):
+            with on_device_of(out):
+                b_dq = _column_major(b_dq) if b_per_row else b_dq
+                multiply_scaled(a_q, _column_major(a_dq), b_q, b_dq, out, b_per_row, multiprocessors(out.device))
+            return out
+    return _portable(a_q, a_dq, b_q, b_dq, b_per_row, out_dtype)
+
+
+def _loads_by_tma(x: Tensor) -> bool:
+    """TMA wants the start of every row at a multiple of 16 bytes."""
+    return x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+def _portable(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_per_row: bool, out_dtype: torch.dtype) -> Tensor:
     from ..kernels.gemm import _gemm_kernel
 
     (M, K), N = a_q.shape, b_q.shape[0]

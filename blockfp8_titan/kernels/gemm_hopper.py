@@ -1,0 +1,282 @@
+"""The blockwise-scaled GEMM for Hopper, in Gluon: c = a b^T with one fp32 promotion per 128 of K.
+
+A persistent grid of 256x128 tiles. In each program one warp brings tiles of a and b, and a's multipliers, into shared memory by
+TMA; two warpgroups multiply and promote. Each warpgroup owns two parts of 64 rows: every part of a K block is a fresh wgmma chain,
+whose result is scaled and added to the part's fp32 accumulator in registers while the tensor cores work for the other warpgroup.
+The two parts share one read of b's multipliers, which is what a per-row b is bound by.
+
+All that touches Gluon, which is experimental, is in this file.
+"""
+
+# Device code is compiled from a subset of Python: no starred tuples.
+# ruff: noqa: RUF005
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..formats import ceil_div
+
+# Triton renamed its TMA copies after 3.6.
+_tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+BM, BN = gl.constexpr(256), gl.constexpr(128)
+STAGES = gl.constexpr(3)
+GROUP_M = gl.constexpr(8)  # height in tiles of a strip that is walked column by column, for the L2 cache
+
+
+@gluon.jit
+def _tile_coordinates(tile, num_m, num_n):
+    width = GROUP_M * num_n
+    first_m = tile // width * GROUP_M
+    rows = gl.minimum(num_m - first_m, GROUP_M)
+    inside = tile % width
+    return first_m + inside % rows, inside // rows
+
+
+@gluon.jit
+def _load_tiles(
+    a_desc, b_desc, a_dq_desc, b_dq_desc, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, ready, empty, M, N, K, a_dq_k, b_dq_k,
+    B_PER_ROW: gl.constexpr,
+):  # fmt: skip
+    num_m = gl.cdiv(M, BM)
+    num_n = gl.cdiv(N, BN)
+    stage = 0
+    phase = 1
+    for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        pm, pn = _tile_coordinates(tile, num_m, num_n)
+        for k in range(gl.cdiv(K, 128)):
+            mbarrier.wait(empty.index(stage), phase)
+            bar = ready.index(stage)
+            if B_PER_ROW:
+                mbarrier.expect(bar, (BM + BN) * 132)
+                _tma_load(b_dq_desc, [k * b_dq_k + pn * BN], bar, b_dq_bufs.index(stage))
+            else:
+                mbarrier.expect(bar, (BM + BN) * 128 + BM * 4)
+            _tma_load(a_dq_desc, [k * a_dq_k + pm * BM], bar, a_dq_bufs.index(stage))
+            _tma_load(a_desc, [pm * BM, k * 128], bar, a_bufs.index(stage))
+            _tma_load(b_desc, [pn * BN, k * 128], bar, b_bufs.index(stage))
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+
+
+@gluon.jit
+def _promote(acc, part, a_dq, b_dq, B_PER_ROW: gl.constexpr):
+    if B_PER_ROW:
+        acc = acc + (part * b_dq[None, :]) * a_dq[:, None]
+    else:
+        acc = acc + part * (a_dq * b_dq)[:, None]
+    # LLVM would sink the promotion below the next wgmma, which keeps two partial results alive and spills. An empty asm
+    # statement with side effects stays where it is, and its operand with it.
+    return gl.inline_asm_elementwise("", "=f,0", [acc], gl.float32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _multiply_tiles(
+    WARPGROUP: gl.constexpr, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, ready, empty,
+    M, N, K, b_dq_n, b_dq_k, B_PER_ROW: gl.constexpr,
+):  # fmt: skip
+    C_BUFS: gl.constexpr = c_bufs.shape[0] // 2
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 32])
+    L_C: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32])
+    num_m = gl.cdiv(M, BM)
+    num_n = gl.cdiv(N, BN)
+    num_k = gl.cdiv(K, 128)
+    stage = 0
+    phase = 0
+    for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        pm, pn = _tile_coordinates(tile, num_m, num_n)
+        b_dq_ptrs = b_dq_ptr + pn * b_dq_n
+        if not B_PER_ROW:
+            b_dq_next = gl.load(b_dq_ptrs)
+        acc = (gl.zeros((64, BN), gl.float32, layout=L), gl.zeros((64, BN), gl.float32, layout=L))
+        part = gl.zeros((64, BN), gl.float32, layout=L)
+        for k in range(num_k):
+            if not B_PER_ROW:
+                # One K block ahead, so that no promotion waits for it.
+                b_dq = b_dq_next
+                b_dq_next = gl.load(b_dq_ptrs + gl.minimum(k + 1, num_k - 1) * b_dq_k)
+            mbarrier.wait(ready.index(stage), phase)
+            b_buf = b_bufs.index(stage).permute((1, 0))
+            a = ()
+            a_dq = ()
+            for i in gl.static_range(2):
+                a = a + (a_bufs.index(stage).slice((WARPGROUP * 2 + i) * 64, 64),)
+                a_dq_part = a_dq_bufs.index(stage).slice((WARPGROUP * 2 + i) * 64, 64)
+                a_dq = a_dq + (a_dq_part.load(gl.SliceLayout(1, L)),)
+            acc_next = ()
+            for i in gl.static_range(2):
+                # use_acc=False: the chain starts from zero, `part` only tells which registers to use.
+                running = warpgroup_mma(a[i], b_buf, part, use_acc=False, is_async=True)
+                if B_PER_ROW and i == 0:
+                    b_dq = b_dq_bufs.index(stage).load(gl.SliceLayout(0, L))
+                part = warpgroup_mma_wait(num_outstanding=0, deps=(running,))
+                if i == 1:
+                    mbarrier.arrive(empty.index(stage), count=1)
+                acc_next = acc_next + (_promote(acc[i], part, a_dq[i], b_dq, B_PER_ROW),)
+            acc = acc_next
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        for i in gl.static_range(2):
+            halves = acc[i].reshape((64, 2, 64)).permute((0, 2, 1)).split()
+            for j in gl.static_range(2):
+                tma.store_wait(C_BUFS - 1)
+                c_buf = c_bufs.index(WARPGROUP * C_BUFS + (i * 2 + j) % C_BUFS)
+                c_buf.store(gl.convert_layout(halves[j], L_C).to(c_desc.dtype))
+                fence_async_shared()
+                _tma_store(c_desc, [pm * BM + (WARPGROUP * 2 + i) * 64, pn * BN + j * 64], c_buf)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["M", "N", "K", "a_dq_k", "b_dq_n", "b_dq_k"], do_not_specialize_on_alignment=["b_dq_ptr"])
+def _gemm_hopper_kernel(
+    a_desc, b_desc, c_desc, a_dq_desc, b_dq_desc, b_dq_ptr, M, N, K, a_dq_k, b_dq_n, b_dq_k,
+    C_BUFS: gl.constexpr, B_PER_ROW: gl.constexpr,
+):  # fmt: skip
+    """c [M, N] = a [M, K] b [N, K]^T; a_dq_k and b_dq_k are the multipliers' strides along K, b_dq_n b's along blocks of N."""
+    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BM, 128], a_desc.layout)
+    b_bufs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BN, 128], b_desc.layout)
+    c_bufs = gl.allocate_shared_memory(c_desc.dtype, [2 * C_BUFS, 64, 64], c_desc.layout)
+    a_dq_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BM], a_dq_desc.layout)
+    if B_PER_ROW:
+        b_dq_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BN], b_dq_desc.layout)
+    else:
+        b_dq_bufs = a_dq_bufs
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    # Literal tuples: a tuple bound to a name first would turn its constexprs into tensors.
+    gl.warp_specialize(
+        [
+            (_multiply_tiles, (
+                0, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, ready, empty,
+                M, N, K, b_dq_n, b_dq_k, B_PER_ROW,
+            )),
+            (_multiply_tiles, (
+                1, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, ready, empty,
+                M, N, K, b_dq_n, b_dq_k, B_PER_ROW,
+            )),
+            (_load_tiles, (
+                a_desc, b_desc, a_dq_desc, b_dq_desc, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, ready, empty,
+                M, N, K, a_dq_k, b_dq_k, B_PER_ROW,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+# 168 registers for each of 384 threads is what a multiprocessor has; the warpgroups then trade them.
+OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
+
+E4M3_TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+FP32_VECTOR = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+C_TILE = {
+    dtype: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * dtype.itemsize, rank=2)
+    for dtype in (torch.bfloat16, torch.float32)
+}
+C_BUFS = {torch.bfloat16: 4, torch.float32: 2}
+"""Staging buffers of 64x64 per warpgroup."""
+
+compiled: dict[tuple[int, torch.dtype, bool], Any] = {}
+"""(device, c's dtype, b_per_row) -> the compiled kernel: nothing else decides what is compiled."""
+
+
+class _Descriptor(TensorDescriptor):
+    """TensorDescriptor without its checks: they cost 10 us each, and `multiply_scaled`'s contract covers them."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def _columns(dq: torch.Tensor, block: int) -> tuple[_Descriptor, int]:
+    """A one-dimensional TMA view of multipliers dq [rows, K blocks], and its column stride.
+
+    A box may run past a column's end (into multipliers of rows that do not exist), never past the tensor's. TMA wants boxes at
+    multiples of 16 bytes, hence columns at multiples of four rows: where dq has others, a copy is made.
+    """
+    rows, columns = dq.shape
+    if dq.stride(1) % 4 or dq.data_ptr() % 16:
+        padded = dq.new_empty((columns, ceil_div(rows, 4) * 4))
+        padded[:, :rows].copy_(dq.t())
+        dq = padded.t()[:rows]
+    stride = dq.stride(1) if columns > 1 else rows
+    return _Descriptor(dq, [(columns - 1) * stride + rows], [1], [block], FP32_VECTOR), stride
+
+
+def multiply_scaled(
+    a_q: torch.Tensor,
+    a_dq: torch.Tensor,
+    b_q: torch.Tensor,
+    b_dq: torch.Tensor,
+    c: torch.Tensor,
+    b_per_row: bool,
+    multiprocessors: int,
+) -> None:
+    """Write a b^T into c.
+
+    Args:
+        a_q: [M, K] float8_e4m3fn, rows contiguous and at multiples of 16 bytes; M, K >= 1.
+        a_dq: [M, ceil(K/128)] fp32, M-contiguous.
+        b_q: [N, K] float8_e4m3fn, as a_q.
+        b_dq: [ceil(N/128), ceil(K/128)] fp32 of any strides, or with b_per_row [N, ceil(K/128)] fp32, N-contiguous.
+        c: [M, N] bf16 or fp32, row-major, rows at multiples of 16 bytes.
+        b_per_row: b has a multiplier per row and K block rather than per 128x128 block.
+        multiprocessors: of the device, which is the current one.
+    """
+    (M, K), N = a_q.shape, b_q.shape[0]
+    a_dq_desc, a_dq_k = _columns(a_dq, BM.value)
+    if b_per_row:
+        b_dq_desc, b_dq_k = _columns(b_dq, BN.value)
+        b_dq_n = 0
+    else:
+        b_dq_desc = None
+        b_dq_n, b_dq_k = b_dq.stride()
+    args = (
+        _Descriptor(a_q, a_q.shape, a_q.stride(), [BM.value, 128], E4M3_TILE),
+        _Descriptor(b_q, b_q.shape, b_q.stride(), [BN.value, 128], E4M3_TILE),
+        _Descriptor(c, c.shape, c.stride(), [64, 64], C_TILE[c.dtype]),
+        a_dq_desc, b_dq_desc, b_dq, M, N, K, a_dq_k, b_dq_n, b_dq_k, C_BUFS[c.dtype], b_per_row,
+    )  # fmt: skip
+    grid = (min(ceil_div(M, BM.value) * ceil_div(N, BN.value), multiprocessors), 1, 1)
+    key = (a_q.get_device(), c.dtype, b_per_row)
+    if key in compiled:
+        compiled[key][grid](*args)
+    else:
+        with assembler_for(b_per_row):
+            compiled[key] = _gemm_hopper_kernel[grid](*args, **OPTIONS)
+
+
+@contextmanager
+def assembler_for(b_per_row: bool) -> Iterator[None]:
+    """Where a compilation takes the ptxas that suits the kernel.
+
+    Triton 3.6 assembles for Hopper with ptxas 12.8 and ships 12.9 for Blackwell. 12.9 lets the promotion's FFMAs yield the issue
+    port to the other warpgroup's wgmma: 1.02 instead of 0.97 of cuBLASLt's speed on an H100. Where a promotion has a second
+    multiply, 12.8's code is the faster: 1.05 against 1.00. Newer versions of Triton are left to their own choice.
+    """
+    with knobs.nvidia.scope():
+        if not b_per_row and tuple(map(int, knobs.nvidia.ptxas.version.split("."))) < (12, 9):
+            knobs.nvidia.ptxas = knobs.nvidia.ptxas_blackwell.path
+        yield
