@@ -21,7 +21,7 @@ def steps(losses: list[float]) -> list[Step]:
     return [Step(i + 1, loss, 1.0, 0.5, 100.0 if i < 3 else 400.0) for i, loss in enumerate(losses)]
 
 
-FALLING = [8.0 - 0.03 * i for i in range(100)]
+FALLING = [8.0 - 0.03 * i for i in range(100)]  # ends near 5
 
 
 def test_a_logged_step_is_read() -> None:
