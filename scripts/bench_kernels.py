@@ -1146,7 +1146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds=args.seconds,
     )
     result["peak_tflops"] = peak_tflops(result["gpu"])
+    from blockfp8_titan.kernels import gemm_hopper  # needs Triton
+
     compiled = [(str(key[2]), kernel) for key, kernel in library._compiled.items()]
+    compiled += [(str(key[1:]), kernel) for key, kernel in gemm_hopper.compiled.items()]
     result["kernels"] = resources(compiled, multiprocessor_limits(device))
 
     args.out.mkdir(parents=True, exist_ok=True)

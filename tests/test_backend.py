@@ -88,5 +88,10 @@ def test_description_names_backend_device_and_reason(gpu):
     )
     gpu((9, 0))
     assert describe_gemm_backend("triton", GPU) == "triton on Test GPU, as configured"
-    y_and_dx, dw = FASTER_ON_HOPPER.values()
-    assert describe_gemm_backend("auto", GPU) == f"{y_and_dx} for y and dx, {dw} for dw on Test GPU, chosen by auto"
+    assert describe_gemm_backend("auto", GPU) == "triton on Test GPU, chosen by auto"
+
+
+def test_description_names_both_backends_where_they_differ(gpu, monkeypatch):
+    gpu((9, 0))
+    monkeypatch.setattr(backend, "FASTER_ON_HOPPER", {Y_AND_DX: "cublas", DW: "triton"})
+    assert describe_gemm_backend("auto", GPU) == "cublas for y and dx, triton for dw on Test GPU, chosen by auto"

@@ -8,8 +8,8 @@ The two parts share one read of b's multipliers, which is what a per-row b is bo
 All that touches Gluon, which is experimental, is in this file.
 """
 
-# Device code is compiled from a subset of Python: no starred tuples.
-# ruff: noqa: RUF005
+# Device code is compiled from a subset of Python: no starred tuples, and a constexpr condition needs a statement.
+# ruff: noqa: RUF005, SIM108
 
 from collections.abc import Iterator
 from contextlib import contextmanager

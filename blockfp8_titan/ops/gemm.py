@@ -146,7 +146,7 @@ def _cuda_1x128_1x128(a_q, a_dq, b_q, b_dq, out_dtype, backend):
 
 
 def _column_major(dq: Tensor) -> Tensor:
-    return dq.t().contiguous().t()
+    return dq if dq.stride() == (1, dq.shape[0]) else dq.t().contiguous().t()
 
 
 def _cublas(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_scaling: object, out_dtype: torch.dtype) -> Tensor:
