@@ -155,6 +155,10 @@ def device_name(log: Path) -> str:
     return match[1] if match else platform.machine()
 
 
+def processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
 def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
@@ -165,7 +169,7 @@ def run(name: str, steps: int, nproc: int, overrides: Sequence[str]) -> list[Ste
     Raises:
         TrainingFailed: see `launch.train`.
     """
-    print(f"\n{name}: {RUNS[name]}, {steps} steps on {nproc} process(es)", flush=True)
+    print(f"\n{name}: {RUNS[name]}, {steps} steps, {processes(nproc)}", flush=True)
     begin = time.monotonic()
     first: list[float] = []
 
@@ -230,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{table(runs, comparison)}\n")
     if not gpus:
         print("Without a GPU, fp8 is computed by plain PyTorch: the losses mean something here, the speed does not.\n")
-    plot(runs, f"Llama 3 debug model, {args.nproc} process(es), {device}", DEMO / "loss.png")
+    plot(runs, f"Llama 3 debug model, {processes(args.nproc)}, {device}", DEMO / "loss.png")
     failures = comparison.failures()
     result = {
         **provenance(),
