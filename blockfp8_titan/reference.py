@@ -32,9 +32,12 @@ def block_multiplier(amax: Tensor, scale_format: ScaleFormat) -> Tensor:
 
 
 def _to_e4m3(scaled: Tensor) -> Tensor:
+    """Cast a temporary, which is overwritten."""
+    payload = scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     # The cast of a negative NaN keeps its sign on CPUs and loses it on GPUs; ours is always 0x7F.
-    scaled = torch.where(scaled.isnan(), torch.nan, scaled.clamp(-E4M3_MAX, E4M3_MAX))
-    return scaled.to(torch.float8_e4m3fn)
+    codes = payload.view(torch.uint8)
+    codes.masked_fill_(codes == 0xFF, 0x7F)
+    return payload
 
 
 def quantize_1x128(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor]:

@@ -137,7 +137,9 @@ def _allocate_transposed(w_q: Tensor) -> Tensor:
 
 
 def _fill(out: Tensor, value: Tensor) -> Tensor:
-    """Copy value into out, zeros into the padding of out's rows."""
+    """value in out's layout, zeros in the padding of its rows; value itself where it has that layout already."""
+    if out.is_contiguous() and value.stride() == out.stride():
+        return value
     if out.dtype == _E4M3 and out.numel() and out.stride(0) != out.shape[1]:
         out.as_strided((out.shape[0], out.stride(0)), (out.stride(0), 1)).view(torch.uint8).zero_()
     return out.copy_(value)
