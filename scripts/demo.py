@@ -29,7 +29,7 @@ from matplotlib.ticker import MaxNLocator
 
 DEMO = ROOT / "outputs" / "demo"
 RUNS = {"bf16": "configs/debug_bf16.toml", "blockwise_fp8": "configs/debug_blockwise_fp8.toml"}
-STEPS = 80
+STEPS = 70
 FINAL_LOSS_BELOW = 5.5
 GAP_BELOW = 0.02
 # 1,024 tokens a step over two processes: two CPU cores take about two seconds for it.
