@@ -57,20 +57,20 @@ def launch(
         constants: its others, all tl.constexpr.
         options: num_warps and its like; they must follow from kernel, device and constants.
     """
-    key = (kernel, args[0].get_device(), constants, *map(_specialisation, args))
+    # Addresses spare the launcher a call of the driver for each tensor.
+    values = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
+    # What Triton compiles differently for: a tensor's dtype and alignment; 1, multiples of 16 and 64-bit numbers.
+    kinds = [
+        (arg.dtype, value % 16 == 0) if isinstance(arg, Tensor) else (arg == 1, arg % 16 == 0, arg >= 2**31)
+        for arg, value in zip(args, values, strict=True)
+    ]
+    key = (kernel, args[0].get_device(), constants, *kinds)
     compiled = _compiled.get(key)
     with on_device_of(args[0]):
         if compiled is None:
             _compiled[key] = kernel[grid](*args, *constants, **options)
         else:
-            compiled[grid](*args, *constants)
-
-
-def _specialisation(arg: Tensor | int) -> object:
-    """What Triton compiles differently for: a tensor's dtype and alignment; 1, multiples of 16 and 64-bit numbers."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    return arg if arg == 1 else (arg % 16 == 0, arg >= 2**31)
+            compiled[grid](*values, *constants)
 
 
 def check_matrix(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
