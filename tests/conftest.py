@@ -1,6 +1,6 @@
 """Markers of tests that need GPUs, a tiny corpus, and training runs for the tests of whole runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +8,8 @@ import launch
 import make_corpus
 import pytest
 import torch
+
+from .forked import Forker
 
 CAPABILITY = (8, 9)
 
@@ -65,13 +67,28 @@ Train = Callable[..., Run]
 
 
 @pytest.fixture(scope="session")
-def train(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Train:
+def forker(corpus: Path) -> Iterator[Forker]:
+    # One thread: two that share busy cores wait for each other most of the time.
+    forker = Forker({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **offline(corpus)})
+    yield forker
+    forker.close()
+
+
+def offline(corpus: Path) -> dict[str, str]:
+    return {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(corpus / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory: pytest.TempPathFactory, corpus: Path, request: pytest.FixtureRequest) -> Train:
     """Run torchtitan's trainer on a config of the project's, small: 4 sequences of 64 tokens a process and step.
 
-    The schedule of the learning rate is that of 6 steps, however many are run.
+    On the CPU in forks of one process, or with `torchrun=True` and on GPUs by torchrun. The schedule of the learning rate is that of
+    6 steps, however many are run.
     """
 
-    def run(config: str, *overrides: str, steps: int, nproc: int = 2, device: str = "cpu") -> Run:
+    def run(
+        config: str, *overrides: str, steps: int, nproc: int = 2, device: str = "cpu", torchrun: bool = False
+    ) -> Run:
         folder = tmp_path_factory.mktemp("run")
         small = [
             f"--job.dump_folder={folder}",
@@ -84,16 +101,18 @@ def train(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Train:
             "--lr_scheduler.warmup_steps=2",
             "--metrics.log_freq=1",
         ]
-        logged = launch.train(
-            launch.ROOT / "configs" / f"{config}.toml",
-            [*small, *overrides],
-            nproc=nproc,
-            log=folder / "log.txt",
-            timeout=300,
-            cache=corpus / "cache",
-            # One thread: two that share busy cores wait for each other most of the time.
-            environment={"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
-        )
+        file = launch.ROOT / "configs" / f"{config}.toml"
+        log = folder / "log.txt"
+        if torchrun or device != "cpu":
+            cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+            cache = corpus / "cache"
+            logged = launch.train(
+                file, [*small, *overrides], nproc=nproc, log=log, timeout=300, cache=cache, environment=cpu
+            )
+        else:
+            arguments = [f"--job.config_file={file}", "--metrics.disable_color_printing", *small, *overrides]
+            forker: Forker = request.getfixturevalue("forker")
+            logged = forker.train(arguments, nproc=nproc, log=log, timeout=300)
         assert [step.step for step in logged] == list(range(logged[0].step, steps + 1))
         return Run(logged, folder)
 

@@ -23,7 +23,7 @@ def bf16(train: Train) -> Run:
 
 @pytest.fixture(scope="module")
 def fp8(train: Train) -> Run:
-    return train("debug_blockwise_fp8", *FULL_CHECKPOINTS, steps=STEPS)
+    return train("debug_blockwise_fp8", *FULL_CHECKPOINTS, steps=STEPS, torchrun=True)
 
 
 def initial_load(run: Run) -> tuple[str, str]:
