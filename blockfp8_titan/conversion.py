@@ -73,9 +73,13 @@ class ConversionReport:
             "parameter_share_in_fp8": self.fp8_parameters / self.model_parameters if self.model_parameters else 0.0,
         }
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, every row in full, in types that JSON has."""
+        return {"totals": self.totals(), **asdict(self)}
+
     def to_json(self) -> str:
-        """Everything, every row in full."""
-        return json.dumps({"totals": self.totals(), **asdict(self)}, indent=2)
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
 
     def to_table(self) -> str:
         """Aligned text about 120 columns wide; rows that differ in layer numbers only share a line."""

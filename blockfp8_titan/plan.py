@@ -3,10 +3,12 @@
 import argparse
 import copy
 import importlib
+import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from torchtitan.tools.utils import set_default_dtype
 
 from .conversion import ConversionReport, plan_conversion
 from .converter import NAME, check_job, notes_on, section_of
+from .shards import Sharding, simulate
 
 
 def read_job_config(args: list[str]) -> JobConfig:
@@ -34,11 +37,13 @@ def read_job_config(args: list[str]) -> JobConfig:
     return job_config
 
 
-def plan(job_config: JobConfig) -> ConversionReport:
+def plan(job_config: JobConfig, model: nn.Module) -> ConversionReport:
     """What the converter would do to this job's model. The device is not asked whether it can run the backend.
 
+    Args:
+        model: as `build_on_meta` builds it.
     Raises:
-        ValueError: as the converter would at start-up; or the model or its flavor is unknown, or the job does not convert.
+        ValueError: as the converter would at start-up; or the job does not convert.
     """
     if NAME not in job_config.model.converters:
         raise ValueError(
@@ -48,15 +53,18 @@ def plan(job_config: JobConfig) -> ConversionReport:
     parallelism = job_config.parallelism
     check_job(job_config, parallelism.tensor_parallel_degree)
     section = section_of(job_config)
-    rules = section.all_rules()
-    report = plan_conversion(build_on_meta(job_config), rules, recipe=section.recipe())
+    report = plan_conversion(model, section.all_rules(), recipe=section.recipe())
     # The number of ranks is not known here: -1 shards over all that there are.
     fsdp = parallelism.data_parallel_shard_degree != 1 or parallelism.context_parallel_degree > 1
     return report.with_notes(*notes_on(job_config, fsdp))
 
 
 def build_on_meta(job_config: JobConfig) -> nn.Module:
-    """The job's model as torchtitan's trainer first builds it: shapes without data."""
+    """The job's model as torchtitan's trainer first builds it: shapes without data.
+
+    Raises:
+        ValueError: the model or its flavor is unknown.
+    """
     name, flavor = job_config.model.name, job_config.model.flavor
     spec = get_train_spec(name)
     if flavor not in spec.model_args:
@@ -65,6 +73,27 @@ def build_on_meta(job_config: JobConfig) -> nn.Module:
     model_args.update_from_config(job_config)
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[job_config.training.dtype]):
         return spec.model_cls(model_args)
+
+
+def simulate_sharding(job_config: JobConfig, model: nn.Module, report: ConversionReport, ranks: int) -> Sharding:
+    """How FSDP would split and gather this job's weights on so many ranks.
+
+    Raises:
+        ValueError: fewer than one rank, or the job cuts its weights by tensor parallelism too.
+    """
+    degree = job_config.parallelism.tensor_parallel_degree
+    if degree > 1:
+        raise ValueError(
+            f"--ranks: shows FSDP alone, and parallelism.tensor_parallel_degree = {degree} cuts the weights before it; "
+            "add --parallelism.tensor_parallel_degree=1"
+        )
+    return simulate(
+        model,
+        report,
+        ranks,
+        param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
+        fp8_all_gather=section_of(job_config).fp8_all_gather,
+    )
 
 
 @contextmanager
@@ -87,15 +116,28 @@ def main(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there, every Linear in full")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="also show how FSDP would shard over N ranks, for each N",
+    )
     options, torchtitan_args = parser.parse_known_args(argv)
     try:
         with quiet_torchtitan():
             job_config = read_job_config(torchtitan_args)
-            report = plan(job_config)
+            model = build_on_meta(job_config)
+            report = plan(job_config, model)
+            shardings = [simulate_sharding(job_config, model, report, ranks) for ranks in options.ranks]
         print(f"{job_config.model.name} {job_config.model.flavor}")
         print(report.to_table())
+        for sharding in shardings:
+            print(f"\n{sharding.to_table()}")
         if options.json:
-            options.json.write_text(report.to_json(), encoding="utf-8")
+            everything = report.to_dict() | {"sharding": [asdict(sharding) for sharding in shardings]}
+            options.json.write_text(json.dumps(everything, indent=2), encoding="utf-8")
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

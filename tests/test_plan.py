@@ -43,6 +43,24 @@ def test_overrides_decide_even_on_a_backend_that_this_machine_may_lack(tmp_path,
     assert report["totals"]["linears_in_fp8"] == 30
 
 
+def test_sharding_over_ranks(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    assert main(["--ranks", "4", "512", DEBUG, f"--json={path}"]) == 0
+    out = capsys.readouterr().out
+    assert "\n4 FSDP ranks" in out and "\n512 FSDP ranks" in out
+    assert max(map(len, out.splitlines())) <= 120
+    four, many = json.loads(path.read_text())["sharding"]
+    assert [(shards["shape"], shards["count"], shards["rows"]) for shards in four["weights"]] == [
+        ([256, 256], 24, 64),
+        ([768, 256], 12, 192),
+        ([256, 768], 6, 64),
+    ]
+    assert [shards["empty_ranks"] for shards in many["weights"]] == [256, 128, 256]
+    assert four["gathered_bytes"] < 0.8 * four["gathered_bytes_unquantised"]
+    assert main([DEBUG, "--ranks=4", "--blockwise_fp8.fp8_all_gather=false"]) == 0
+    assert "bfloat16" in (out := capsys.readouterr().out) and "fallbacks: 42" in out
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -58,6 +76,7 @@ def test_overrides_decide_even_on_a_backend_that_this_machine_may_lack(tmp_path,
             [DEBUG, "--blockwise_fp8.rules_file=large_only"],
             "large_only.toml rule 1 (match = 'layers.*') matches no Linear",
         ),
+        ([DEBUG, "--ranks=0"], "ranks = 0: must be at least 1"),
         ([DEBUG, "--json=no/such/folder/x.json"], "no/such/folder/x.json"),
     ],
 )
