@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,32 +28,46 @@ from blockfp8_titan.reference import dequantize_128x128, quantize_128x128
 from .data import bits
 
 CONFIG = Path(__file__).parent.parent / "configs" / "debug_blockwise_fp8.toml"
-ADAPTER = Llama3StateDictAdapter(llama3_args["debugmodel"], None)
+FLAVOR = "debugmodel_2L"
+ARGS = dataclasses.replace(llama3_args["debugmodel"], n_layers=2)
+ADAPTER = Llama3StateDictAdapter(ARGS, None)
+FP8 = 2 * 7
+BF16 = 2 * 2 + 3
 # fp32 arithmetic in another order; one tensor under a wrong name, unpermuted or with inverse multipliers leaves less than 40.
 SAME_WEIGHTS_DB = 90.0
-# Rounding to e4m3 leaves 31.5 dB of a weight. At most three quantised Linears follow each other in each of 6 blocks, which add up
-# in the worst case to 31.5 - 10 log10(18).
-QUANTISED_WEIGHTS_DB = 19.0
+# Rounding to e4m3 leaves 31.5 dB of a weight. At most three quantised Linears follow each other in each of 2 blocks, whose noise
+# adds up to 31.5 - 10 log10(6) = 23.7 dB at worst.
+QUANTISED_WEIGHTS_DB = 23.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def flavor() -> Iterator[None]:
+    """Two layers of the debug model are enough, and three times as fast."""
+    llama3_args[FLAVOR] = ARGS
+    yield
+    del llama3_args[FLAVOR]
 
 
 @pytest.fixture(scope="module")
 def job(corpus: Path) -> Callable[..., JobConfig]:
     def read(*overrides: str) -> JobConfig:
-        assets = f"--model.hf_assets_path={corpus / 'tokenizer'}"
-        return read_job_config([f"--job.config_file={CONFIG}", assets, *overrides])
+        model = [f"--model.flavor={FLAVOR}", f"--model.hf_assets_path={corpus / 'tokenizer'}"]
+        return read_job_config([f"--job.config_file={CONFIG}", *model, *overrides])
 
     return read
 
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    """The debug model, as initialised but for norms, which all start alike."""
-    model = Transformer(dataclasses.replace(llama3_args["debugmodel"], max_seq_len=256))
+    """The debug model with norms that differ, and with blocks that add as much to the residual stream as the embedding holds."""
+    model = Transformer(dataclasses.replace(ARGS, max_seq_len=256))
     with torch.no_grad():
         model.init_weights()
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name.startswith("layers."):
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
     return model
 
 
@@ -72,7 +86,7 @@ def export(job_config: JobConfig, source: Path, out: Path, **options: object) ->
 @pytest.fixture(scope="module")
 def exported(job: Callable[..., JobConfig], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exports") / "debug"
-    export(job(), checkpoint, out, shard_bytes=2_000_000)
+    export(job(), checkpoint, out, shard_bytes=1_500_000)
     return out
 
 
@@ -89,8 +103,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 def test_what_is_written(exported: Path, model: Transformer) -> None:
     found = tensors(exported)
     fp8 = [key for key, tensor in found.items() if tensor.dtype == torch.float8_e4m3fn]
-    assert len(fp8) == 42
-    assert len(list(exported.glob("model-*.safetensors"))) == 5
+    assert len(fp8) == FP8
+    assert len(list(exported.glob("model-*.safetensors"))) == 3
     assert len(found) == len(model.state_dict()) + len(fp8)
     for key, tensor in found.items():
         assert tensor.dtype in (torch.float8_e4m3fn, torch.bfloat16) or key.endswith(".weight_scale_inv")
@@ -139,13 +153,14 @@ def test_transformers_loads_it_and_computes_the_same(exported: Path, model: Tran
         output_loading_info=True,
     )
     assert not any(loading.values()), loading
+    loaded.float()  # what is stored in bf16 is loaded in bf16
     angles = model.freqs_cis[1].angle()
     torch.testing.assert_close(loaded.model.rotary_emb.inv_freq, angles, rtol=1e-6, atol=0)
     tokens = torch.randint(0, 2048, (2, 200))
     with torch.no_grad():
         actual, same, unquantised = loaded(tokens).logits, rounded(model)(tokens), model(tokens)
     assert sqnr(same, actual) > SAME_WEIGHTS_DB
-    assert QUANTISED_WEIGHTS_DB < sqnr(unquantised, actual) < 60
+    assert QUANTISED_WEIGHTS_DB < sqnr(unquantised, actual) < 35
 
 
 @pytest.mark.gpu
@@ -185,7 +200,7 @@ def hugging_face(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -
     """The model in bf16, as on the Hub, in two files."""
     folder = tmp_path_factory.mktemp("hugging_face")
     state = {key: value.bfloat16().contiguous() for key, value in ADAPTER.to_hf(model.state_dict()).items()}
-    first = {key: state.pop(key) for key in list(state)[:20]}
+    first = {key: state.pop(key) for key in list(state)[:8]}
     first["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(first, folder / "model-00001-of-00002.safetensors")
     save_file(state, folder / "model-00002-of-00002.safetensors")
@@ -199,7 +214,7 @@ def test_from_hugging_face(
 ) -> None:
     parameters = export(job(), hugging_face, tmp_path / "out")
     found = tensors(tmp_path / "out")
-    assert len(found) == len(parameters) + 42
+    assert len(found) == len(parameters) + FP8
     for key, value in ADAPTER.to_hf(model.state_dict()).items():
         value = value.bfloat16()
         if f"{key}_scale_inv" in found:
@@ -220,16 +235,16 @@ def test_a_job_that_skips_part_of_a_fused_matrix(
     parameters = {parameter.key: parameter for parameter in export(config, checkpoint, tmp_path / "out")}
     found = tensors(tmp_path / "out")
     for projection in ("q", "k", "v"):
-        assert found[f"model.layers.3.self_attn.{projection}_proj.weight"].dtype == torch.bfloat16
-    assert "fused with k_proj, v_proj" in parameters["model.layers.3.self_attn.q_proj.weight"].remark
-    assert parameters["model.layers.3.self_attn.k_proj.weight"].remark == ""
-    assert found["model.layers.3.self_attn.o_proj.weight"].dtype == torch.float8_e4m3fn
+        assert found[f"model.layers.1.self_attn.{projection}_proj.weight"].dtype == torch.bfloat16
+    assert "fused with k_proj, v_proj" in parameters["model.layers.1.self_attn.q_proj.weight"].remark
+    assert parameters["model.layers.1.self_attn.k_proj.weight"].remark == ""
+    assert found["model.layers.1.self_attn.o_proj.weight"].dtype == torch.float8_e4m3fn
     skipped = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignored_layers"]
-    assert len(skipped) == 1 + 6 * 3 and "model.layers.3.self_attn.q_proj" in skipped
-    scale = found["model.layers.3.mlp.up_proj.weight_scale_inv"]
+    assert len(skipped) == 1 + 2 * 3 and "model.layers.1.self_attn.q_proj" in skipped
+    scale = found["model.layers.1.mlp.up_proj.weight_scale_inv"]
     assert torch.equal(scale, scale.log2().round().exp2())
     summary = export_fp8.summary(list(parameters.values()), tmp_path / "out")
-    assert "in bf16: model.layers.0.self_attn.q_proj and 5 more: fused with k_proj, v_proj" in summary
+    assert "in bf16: model.layers.0.self_attn.q_proj and 1 more: fused with k_proj, v_proj" in summary
 
 
 def test_sizes_that_do_not_fit_blocks_stay_in_bf16() -> None:
@@ -326,16 +341,16 @@ def test_damaged_safetensors(
 
 def test_weights_that_are_not_finite(job: Callable[..., JobConfig], model: Transformer, tmp_path: Path) -> None:
     state = model.state_dict()
-    state["layers.2.feed_forward.w3.weight"] = state["layers.2.feed_forward.w3.weight"].clone()
-    state["layers.2.feed_forward.w3.weight"][700, 3] = float("inf")
+    state["layers.1.feed_forward.w3.weight"] = state["layers.1.feed_forward.w3.weight"].clone()
+    state["layers.1.feed_forward.w3.weight"][700, 3] = float("inf")
     dcp.save(state, checkpoint_id=tmp_path / "step-1", no_dist=True)
-    with pytest.raises(ValueError, match=r"layers\.2\.feed_forward\.w3\.weight .* holds NaN or Inf"):
+    with pytest.raises(ValueError, match=r"layers\.1\.feed_forward\.w3\.weight .* holds NaN or Inf"):
         export(job(), tmp_path / "step-1", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_another_flavor(job: Callable[..., JobConfig], checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="choose its model.flavor"):
+    with pytest.raises(ValueError, match=r"choose its model\.flavor"):
         export(job("--model.flavor=8B"), checkpoint, tmp_path / "out")
 
 
@@ -360,19 +375,24 @@ def test_the_output_is_replaced_only_when_told_and_only_if_it_is_an_export(
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
     (out / "config.json").write_text('{"quantization_config": {}}')
     export(job(), checkpoint, out, overwrite=True)
-    assert not (out / "precious").exists() and len(tensors(out)) == 99
+    assert not (out / "precious").exists() and len(tensors(out)) == 2 * FP8 + BF16
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_as_a_command(corpus: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = [f"--job.config_file={CONFIG}", f"--model.hf_assets_path={corpus}", f"--checkpoint={checkpoint.parent}"]
+    common = [
+        f"--job.config_file={CONFIG}",
+        f"--model.flavor={FLAVOR}",
+        f"--model.hf_assets_path={corpus}",
+        f"--checkpoint={checkpoint.parent}",
+    ]
     assert export_fp8.main([*common, "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "name one of the steps in it: step-1" in line
     common[-1] = f"--checkpoint={checkpoint}"
-    assert export_fp8.main([*common, "--out", str(tmp_path / "out"), "--shard-gb=0.004"]) == 0
+    assert export_fp8.main([*common, "--out", str(tmp_path / "out"), "--shard-gb=0.0015"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     assert "model-00002-of-00003.safetensors" in printed.out
-    assert "42 weights in fp8, 15 tensors in bf16" in printed.out
+    assert f"{FP8} weights in fp8, {BF16} tensors in bf16" in printed.out
     assert "no tokenizer was found" in printed.out

@@ -10,7 +10,10 @@ import launch
 import pytest
 import torch
 
+from blockfp8_titan import reference
+
 from .conftest import Run, Train
+from .data import bits
 
 STEPS = 6
 FULL_CHECKPOINTS = ("--checkpoint.enable", "--checkpoint.interval=3", "--checkpoint.no_last_save_model_only")
@@ -138,6 +141,21 @@ def test_ddp(train: Train, bf16: Run, fp8_from_bf16: Run) -> None:
     assert "Applied DDP to the model" in replicated.log.read_text()
     # Weights reach the linears in fp32 here and in bf16 under FSDP.
     assert largest_gap(replicated, fp8_from_bf16) < 0.005
+
+
+def test_a_checkpoint_of_two_processes_is_exported(fp8: Run, corpus: Path, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="writes safetensors, which the extra [export] brings")
+    command = [sys.executable, launch.ROOT / "scripts" / "export_fp8.py", "--checkpoint", fp8.checkpoint(STEPS)]
+    config = f"--job.config_file={launch.ROOT / 'configs' / 'debug_blockwise_fp8.toml'}"
+    assets = f"--model.hf_assets_path={corpus / 'tokenizer'}"
+    subprocess.run([*command, "--out", tmp_path / "out", config, assets], cwd=launch.ROOT, check=True)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    exported = safetensors.load_file(file)
+    master = weights(fp8.checkpoint(STEPS), tmp_path / "model.pt")["layers.5.feed_forward.w1.weight"]
+    w_q, w_dq = reference.quantize_128x128(master)
+    assert torch.equal(bits(exported["model.layers.5.mlp.gate_proj.weight"]), bits(w_q))
+    assert torch.equal(exported["model.layers.5.mlp.gate_proj.weight_scale_inv"], w_dq)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
 def test_one_process_with_validation(train: Train, corpus: Path) -> None:
