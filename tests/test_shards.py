@@ -60,6 +60,14 @@ def test_no_rank_is_an_error() -> None:
         simulate(model, plan_conversion(model), 0, param_dtype=torch.bfloat16, fp8_all_gather=True)
 
 
+def test_shards_of_tensor_parallelism_are_not_shown() -> None:
+    config = CONFIGS / "debug_blockwise_fp8.toml"
+    job = ConfigManager().parse_args([f"--job.config_file={config}", "--parallelism.tensor_parallel_degree=2"])
+    model = OneLinear(256, 128, 5)
+    with pytest.raises(ValueError, match="tensor_parallel_degree = 2 cuts the weights before it"):
+        plan.simulate_sharding(job, model, plan_conversion(model), 4)
+
+
 @pytest.fixture(scope="module", params=LARGE)
 def large(request: pytest.FixtureRequest) -> tuple[str, nn.Module, ConversionReport]:
     """A flavor's name, its model on the meta device and what is converted of it."""
