@@ -93,13 +93,13 @@ class Parameter:
         """Hugging Face's name of the module that holds it."""
         return self.key.removesuffix(".weight")
 
-    def sizes(self) -> dict[str, int]:
-        """The tensors written for it: key -> bytes."""
+    @property
+    def size(self) -> int:
+        """Bytes of what is written for it."""
         if self.scale_format is None:
-            return {self.key: torch.Size(self.shape).numel() * torch.bfloat16.itemsize}
+            return torch.Size(self.shape).numel() * torch.bfloat16.itemsize
         n, k = self.shape
-        blocks = ceil_div(n, BLOCK) * ceil_div(k, BLOCK)
-        return {self.key: n * k, f"{self.key}_scale_inv": blocks * torch.float32.itemsize}
+        return n * k + ceil_div(n, BLOCK) * ceil_div(k, BLOCK) * torch.float32.itemsize
 
 
 class Checkpoint(Protocol):
@@ -434,12 +434,11 @@ def into_files(parameters: Iterable[Parameter], shard_bytes: int) -> list[list[P
     files: list[list[Parameter]] = [[]]
     room = shard_bytes
     for parameter in parameters:
-        size = sum(parameter.sizes().values())
-        if size > room and files[-1]:
+        if parameter.size > room and files[-1]:
             files.append([])
             room = shard_bytes
         files[-1].append(parameter)
-        room -= size
+        room -= parameter.size
     return files
 
 
@@ -457,7 +456,7 @@ def write_weights(
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         print(f"{name}: {len(tensors)} tensors", flush=True)
-    total = sum(sum(parameter.sizes().values()) for parameter in parameters)
+    total = sum(parameter.size for parameter in parameters)
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
@@ -521,8 +520,8 @@ def export(
     args = spec.model_args[job_config.model.flavor]
     if not isinstance(args, TransformerModelArgs):
         raise ValueError(f"model.name = {name!r}: only Llama 3 is exported")
-    if source.resolve() == out.resolve():
-        raise ValueError(f"--out {out}: is the checkpoint itself")
+    if source.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--out {out}: holds the checkpoint to export")
     shapes = {fqn: tuple(parameter.shape) for fqn, parameter in model.named_parameters()}
     adapter = spec.state_dict_adapter(args, None)
     keys = {fqn: next(iter(adapter.to_hf({fqn: parameter}))) for fqn, parameter in model.named_parameters()}
@@ -545,7 +544,7 @@ def export(
 def summary(parameters: Sequence[Parameter], out: Path) -> str:
     """What was written, and which Linears the job computes in fp8 but the export has in bf16."""
     quantised = [parameter for parameter in parameters if parameter.scale_format is not None]
-    size = sum(sum(parameter.sizes().values()) for parameter in parameters)
+    size = sum(parameter.size for parameter in parameters)
     lines = [
         f"{out}: {len(quantised)} weights in fp8, {len(parameters) - len(quantised)} tensors in bf16, {size / 1e9:.3f} GB"
     ]

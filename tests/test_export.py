@@ -370,8 +370,9 @@ def test_the_output_is_replaced_only_when_told_and_only_if_it_is_an_export(
         export(job(), checkpoint, out)
     with pytest.raises(ValueError, match=r"is no earlier export"):
         export(job(), checkpoint, out, overwrite=True)
-    with pytest.raises(ValueError, match="is the checkpoint itself"):
-        export(job(), checkpoint, checkpoint, overwrite=True)
+    for holder in (checkpoint, checkpoint.parent):
+        with pytest.raises(ValueError, match="holds the checkpoint to export"):
+            export(job(), checkpoint, holder, overwrite=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
     (out / "config.json").write_text('{"quantization_config": {}}')
     export(job(), checkpoint, out, overwrite=True)
