@@ -13,11 +13,9 @@ Writes NAME.json, NAME.md and NAME.png to --out. Exits with 2 where there is no 
 """
 
 import argparse
-import importlib
 import itertools
 import json
 import math
-import random
 import statistics
 import sys
 import time
@@ -25,9 +23,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
+from measure import (
+    FLUSH_BYTES,
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    SAMPLE_US,
+    CudaTimer,
+    Pace,
+    Timer,
+    find_peers,
+    host_us_per_call,
+    interleave,
+    peak_tflops,
+    reason,
+    spread,
+    table,
+)
 from provenance import ROOT, provenance
 from torch import Tensor
 
@@ -157,67 +171,9 @@ def spread_out(items: Sequence[Item]) -> list[Item]:
 
 # Time
 
-FLUSH_BYTES = 256 * 2**20  # five times the L2 of an H100
-SAMPLE_US = 3000.0
-MIN_ROUNDS, MAX_ROUNDS = 5, 20
-MAX_LAUNCHES = 500  # a GPU queues about a thousand
 TUNING_SHARE = 0.4
 SHARES = {"gemm": 0.65, "quantize": 0.3, "host": 0.05}  # of the time, when all sections run
 OURS, BASE = "ours", "cublas"
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How a candidate is sampled: launches per sample, and the host's µs to issue one."""
-
-    launches: int
-    host_us: float
-
-
-class Timer(Protocol):
-    def pace(self, run: Callable[[], object]) -> Pace: ...
-    def sample(self, run: Callable[[], object], pace: Pace) -> float: ...
-    def synchronize(self) -> None: ...
-
-
-class CudaTimer:
-    """CUDA events around back-to-back launches, L2 emptied before."""
-
-    def __init__(self, device: torch.device):
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def pace(self, run: Callable[[], object]) -> Pace:
-        run()
-        self.synchronize()
-        host_us = host_us_per_call(run, 5)
-        us = self.sample(run, Pace(3, host_us))
-        return Pace(min(max(math.ceil(SAMPLE_US / us), 1), MAX_LAUNCHES), host_us)
-
-    def sample(self, run: Callable[[], object], pace: Pace) -> float:
-        """µs per launch."""
-        self.flush.zero_()
-        # The GPU waits until the host has issued the launches, at 2 cycles a ns: gaps between them would be the host's.
-        torch.cuda._sleep(int(pace.launches * pace.host_us * 2000))
-        self.start.record()
-        for _ in range(pace.launches):
-            run()
-        self.end.record()
-        self.end.synchronize()
-        return self.start.elapsed_time(self.end) * 1000 / pace.launches
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
-
-
-def host_us_per_call(run: Callable[[], object], calls: int) -> float:
-    """The median of what calls take to return."""
-    times = []
-    for _ in range(calls):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times) * 1e6
 
 
 class Budget:
@@ -262,32 +218,6 @@ class Contender:
     peer: str | None = None
     tunes: bool = False
     note: str = ""
-
-
-PEERS = {
-    "torchao": "torchao.prototype.blockwise_fp8_training.kernels",
-    "fbgemm": "fbgemm_gpu.experimental.gen_ai",
-    "deep_gemm": "deep_gemm",
-}
-
-
-def find_peers() -> tuple[dict[str, str], dict[str, str]]:
-    """Versions of the peers that can be imported, and why the others cannot."""
-    present, absent = {}, {}
-    for name, module in PEERS.items():
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # a binary built for another torch raises whatever it likes
-            absent[name] = reason(error)
-        else:
-            package = importlib.import_module(module.partition(".")[0])
-            present[name] = getattr(package, "__version__", "of unknown version")
-    return present, absent
-
-
-def reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 # Candidates: GEMMs
@@ -528,12 +458,6 @@ QUANTIZERS = (
 # Measurement
 
 
-def spread(samples: Sequence[float]) -> float:
-    """(90th - 10th percentile) / median."""
-    deciles = statistics.quantiles(samples, n=10, method="inclusive")
-    return (deciles[-1] - deciles[0]) / statistics.median(samples)
-
-
 def tensors(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (out,) if isinstance(out, Tensor) else out
 
@@ -598,19 +522,8 @@ def measure(
     if isinstance(operands, GemmOperands):
         operands.forget()
 
-    samples: dict[str, list[float]] = {name: [] for name in ready}
-    order = list(ready)
-    shuffle = random.Random(0).shuffle
-    for number in range(1 + MAX_ROUNDS):
-        if number > MIN_ROUNDS and time.monotonic() - began > seconds:
-            break
-        shuffle(order)
-        for name in order:
-            candidate, pace = ready[name]
-            us = timer.sample(candidate.run, pace)
-            if number > 0:  # the first round warms up
-                samples[name].append(us)
-
+    runs = {name: (candidate.run, pace) for name, (candidate, pace) in ready.items()}
+    samples = interleave(runs, timer, began + seconds)
     for name, times in samples.items():
         record = records[name]
         us = statistics.median(times)
@@ -756,20 +669,6 @@ def progress(candidates: dict[str, dict[str, Any]]) -> str:
 # What became of it
 
 
-def peak_tflops(gpu: str) -> dict[str, float] | None:
-    """Dense tensor-core peaks from NVIDIA's data sheets; None for a GPU that is not among them."""
-    peaks = {
-        "H100 PCIe": (1513, 756),
-        "H100 NVL": (1671, 835),
-        "H200 NVL": (1671, 835),
-        "H100": (1979, 989),
-        "H200": (1979, 989),
-        "B200": (4500, 2250),
-    }
-    found = next((peak for name, peak in peaks.items() if name in gpu), None)
-    return dict(zip(("fp8", "bf16"), map(float, found), strict=True)) if found else None
-
-
 def roofline(flops_per_byte: float, peak: float, gbps: float) -> float:
     """Attainable TFLOP/s at this intensity under a peak in TFLOP/s and a bandwidth in GB/s."""
     return min(peak, flops_per_byte * gbps / 1e3)
@@ -845,12 +744,6 @@ KIND_TITLES = {
 }
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Markdown; the first `left` columns are aligned left."""
-    align = ["---" if i < left else "---:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, align, *rows))
-
-
 def summary_table(summary: dict[str, dict[str, dict[str, Any]]]) -> str:
     rows = []
     for kind, names in summary.items():
@@ -860,7 +753,7 @@ def summary_table(summary: dict[str, dict[str, dict[str, Any]]]) -> str:
                 ratio, worst = f"{row['ratio']:.3f}", f"{row['worst_ratio']:.3f} ({row['worst_shape']})"
             rows.append((KIND_TITLES[kind], name, str(row["shapes"]), ratio, worst, str(len(row["wrong"]) or "")))
     header = ("kind", "candidate", "shapes", f"× {BASE} or copy, geometric mean", "worst shape", "wrong")
-    return _table(header, rows, left=2)
+    return table(header, rows, left=2)
 
 
 def matrix_table(records: Sequence[dict[str, Any]]) -> str:
@@ -878,7 +771,7 @@ def matrix_table(records: Sequence[dict[str, Any]]) -> str:
         size = f"{record['M']}x{record['N']}x{record['K']}" if "N" in record else f"{record['M']}x{record['K']}"
         rows.append((record["shape"], size, *(cell(record["candidates"].get(name)) for name in names)))
     size = "MxNxK" if "N" in records[0] else "MxK"
-    return _table(("shape", size, *names), rows, left=2)
+    return table(("shape", size, *names), rows, left=2)
 
 
 def detail_table(records: Sequence[dict[str, Any]], base: str) -> str:
@@ -896,7 +789,7 @@ def detail_table(records: Sequence[dict[str, Any]], base: str) -> str:
             numbers = (f"{c['us']:.1f}", f"{c['spread']:.1%}", f"{c['tflops']:.0f}" if "tflops" in c else "—")
             numbers += (f"{c['gbps']:,.0f}", copy, ratio, error + " WRONG" * c["wrong"])
             rows.append((record["shape"], name, *numbers))
-    return _table(header, rows, left=2)
+    return table(header, rows, left=2)
 
 
 def of_kinds(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -935,7 +828,7 @@ def report(result: dict[str, Any]) -> str:
         rows = [
             (KIND_TITLES.get(k, k), n, f"{us:.1f}") for k, times in result["host_us"].items() for n, us in times.items()
         ]
-        parts += ["## Host µs per eager call", _table(("kind", "candidate", "µs"), rows, left=2)]
+        parts += ["## Host µs per eager call", table(("kind", "candidate", "µs"), rows, left=2)]
     if result["kernels"]:
         header = ("kernel", "constants", "registers", "spills", "shared memory", "warps", "programs per multiprocessor")
         rows = [
@@ -946,7 +839,7 @@ def report(result: dict[str, Any]) -> str:
             )
             for row in result["kernels"]
         ]
-        parts += ["## Resources of our kernels", _table(header, rows, left=2)]
+        parts += ["## Resources of our kernels", table(header, rows, left=2)]
     for kind, records in of_kinds([*result["gemm"], *result["quantize"]]):
         parts += [f"## Details: {KIND_TITLES[kind]}", detail_table(records, BASE if "N" in records[0] else COPY)]
     return "\n\n".join(parts) + "\n"

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,6 +19,7 @@ STEP = re.compile(
     r"step:\s*(?P<step>\d+)\s+loss:\s*(?P<loss>\S+)\s+grad_norm:\s*(?P<grad_norm>\S+)\s+"
     r"memory:\s*(?P<memory>\S+?)GiB\S*\s+tps:\s*(?P<tps>[\d,]+)"
 )
+STAMP = re.compile(r"^\[rank0\]:\[titan\] (?P<time>\S+ \S+) - .* - (?P<what>Training starts|step:\s*\d+)", re.MULTILINE)
 VALIDATION = re.compile(r"validate step:\s*(?P<step>\d+)\s+loss:\s*(?P<loss>\S+)")
 
 
@@ -51,6 +53,17 @@ def parse_step(line: str) -> Step | None:
 def validation_losses(log: Path) -> dict[int, float]:
     """Step -> validation loss, from a run's log."""
     return {int(match["step"]): float(match["loss"]) for match in VALIDATION.finditer(log.read_text())}
+
+
+def first_step_seconds(log: Path) -> float | None:
+    """From the start of training to the end of the first step, compilation included; None where the log lacks one of the two."""
+    stamps = [
+        (match["what"], datetime.strptime(match["time"], "%Y-%m-%d %H:%M:%S,%f"))
+        for match in STAMP.finditer(log.read_text())
+    ]
+    if len(stamps) < 2 or stamps[0][0] != "Training starts":
+        return None
+    return (stamps[1][1] - stamps[0][1]).total_seconds()
 
 
 def train(

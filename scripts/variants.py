@@ -1,15 +1,67 @@
-"""`experimental.custom_import = "variants"`, for measurements: the plugin, and Llama 3 8B with fewer layers.
+"""`experimental.custom_import = "variants"`, for measurements: the plugin, cut models and peers' converters.
 
-Registers the flavors "8B-1L" to "8B-31L": Llama 3 8B cut to that many layers, for GPUs that the whole model does not fit.
+Registers
+- every flavor of Llama 3 cut to n layers as "FLAVOR-nL" ("8B-4L"), for GPUs that the whole model does not fit;
+- the converter "torchao_blockwise": torchao's Float8BlockwiseLinear with cuBLASLt's GEMMs, which torchtitan does not offer;
+- the converter "save_scaled_mm", to stand after another: selective activation checkpointing by op then keeps the outputs of
+  `torch._scaled_mm`, which torchtitan's list lacks.
 """
 
 import dataclasses
+import sys
 
+import torch
+import torch.nn as nn
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import llama3_args
+from torchtitan.protocols.model_converter import register_model_converter
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.logging import logger
 
 import blockfp8_titan.cpu  # noqa: F401
 
-LAYERS = llama3_args["8B"].n_layers
+LAYERS = {flavor: args.n_layers for flavor, args in llama3_args.items()}
 
-for layers in range(1, LAYERS):
-    llama3_args[f"8B-{layers}L"] = dataclasses.replace(llama3_args["8B"], n_layers=layers)
+
+class TorchaoBlockwise:
+    """Every nn.Linear but `output` whose sizes are multiples of 128 becomes a Float8BlockwiseLinear."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+        pass
+
+    def convert(self, model: nn.Module) -> None:
+        from torchao.prototype.blockwise_fp8_training.linear import Float8BlockwiseLinear
+
+        count = 0
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                aligned = type(child) is nn.Linear and child.in_features % 128 == child.out_features % 128 == 0
+                if aligned and name != "output":
+                    setattr(parent, name, Float8BlockwiseLinear.from_float(child))
+                    count += 1
+        logger.info(f"torchao blockwise: converted {count} Linears")
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        pass
+
+
+class SaveScaledMM:
+    """Adds `_scaled_mm` to the save list of the model's family; changes no module."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+        parallelize = sys.modules[get_train_spec(job_config.model.name).parallelize_fn.__module__]
+        parallelize._op_sac_save_list.add(torch.ops.aten._scaled_mm.default)
+
+    def convert(self, model: nn.Module) -> None:
+        pass
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        pass
+
+
+for flavor, layers in LAYERS.items():
+    for n in range(1, layers):
+        llama3_args[f"{flavor}-{n}L"] = dataclasses.replace(llama3_args[flavor], n_layers=n)
+register_model_converter(TorchaoBlockwise, "torchao_blockwise")
+register_model_converter(SaveScaledMM, "save_scaled_mm")

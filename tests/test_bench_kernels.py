@@ -12,6 +12,7 @@ import bench_kernels as bench
 import pytest
 import torch
 from bench_kernels import BASE, COPY, FORWARD, OURS, WGRAD, Budget, Candidate, Contender, Pace, Shape
+from measure import PEERS
 
 CPU = torch.device("cpu")
 
@@ -219,7 +220,7 @@ def result() -> dict:
 
 
 def test_a_run_measures_what_is_here_and_names_what_is_not(result: dict) -> None:
-    assert set(result["peers"]) | set(result["absent"]) == set(bench.PEERS)
+    assert set(result["peers"]) | set(result["absent"]) == set(PEERS)
     for kind, gemm in zip((FORWARD, WGRAD), result["gemm"], strict=True):
         assert gemm["kind"] == kind and gemm["flops"] == 2 * gemm["M"] * gemm["N"] * gemm["K"]
         assert gemm["candidates"]["bf16"]["us"] == 50 and not gemm["candidates"]["bf16"]["wrong"]
@@ -249,7 +250,7 @@ def test_a_result_survives_json_and_renders(result: dict, tmp_path: Path) -> Non
     again = json.loads(json.dumps(result, allow_nan=False))
     assert again["commit"] == result["commit"] and again["versions"]["torch"]
     text = bench.report(again)
-    for name in (*bench.PEERS, "tiny y", "tiny dw", "tiny x", "tiny w", "bf16", "quantize_1x128_both"):
+    for name in (*PEERS, "tiny y", "tiny dw", "tiny x", "tiny w", "bf16", "quantize_1x128_both"):
         assert name in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 10 and all(len({re.sub(r"\\\|", "", row).count("|") for row in t}) == 1 for t in tables)

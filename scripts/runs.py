@@ -1,0 +1,198 @@
+"""Training runs to compare: a bf16 config, a converter, settings. What the comparisons of loss, throughput and kernels share."""
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli
+import torch
+from launch import ROOT, Step, train
+from torchtitan.models.llama3 import llama3_args
+
+TENSORWISE = "quantize.linear.float8"
+_tensorwise = [
+    f"--{TENSORWISE}.filter_fqns=output",
+    f"--{TENSORWISE}.enable_fsdp_float8_all_gather",
+    f"--{TENSORWISE}.precompute_float8_dynamic_scale_for_fsdp",
+]
+_rowwise = [f"--{TENSORWISE}.recipe_name=rowwise", f"--{TENSORWISE}.filter_fqns=output"]
+# What each converter adds to a bf16 config; torchao's as torchtitan's documentation recommends them for Llama. "+saved": selective
+# activation checkpointing keeps the outputs of the GEMM, which torchtitan by itself recomputes.
+CONVERTERS = {
+    "bf16": [],
+    "blockwise_fp8": ["--model.converters=blockwise_fp8", "--job.custom_config_module=blockfp8_titan.config"],
+    "float8_tensorwise": [f"--model.converters={TENSORWISE}", *_tensorwise],
+    "float8_tensorwise+saved": [f"--model.converters={TENSORWISE},save_scaled_mm", *_tensorwise],
+    "float8_rowwise": [f"--model.converters={TENSORWISE}", *_rowwise],
+    "float8_rowwise+saved": [f"--model.converters={TENSORWISE},save_scaled_mm", *_rowwise],
+    "torchao_blockwise": ["--model.converters=torchao_blockwise"],
+    "torchao_blockwise+saved": ["--model.converters=torchao_blockwise,save_scaled_mm"],
+}
+BF16 = "bf16"
+COLORS = {
+    "bf16": "#9aa5b1",
+    "blockwise_fp8": "#c2410c",
+    "float8_tensorwise": "#1d4ed8",
+    "float8_tensorwise+saved": "#60a5fa",
+    "float8_rowwise": "#15803d",
+    "float8_rowwise+saved": "#4ade80",
+    "torchao_blockwise": "#7c3aed",
+    "torchao_blockwise+saved": "#c4b5fd",
+}
+PLOT_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4"}
+OURS = "blockwise_fp8."  # settings of the section, which only our converter's config has
+CHECKPOINTING = {
+    "none": ["activation_checkpoint.mode=none"],
+    "full": ["activation_checkpoint.mode=full"],
+    "op": ["activation_checkpoint.mode=selective", "activation_checkpoint.selective_ac_option=op"],
+    "2": ["activation_checkpoint.mode=selective", "activation_checkpoint.selective_ac_option=2"],
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the contenders: a config under a converter, with settings of its own."""
+
+    config: str
+    """A file, or the NAME of configs/NAME_bf16.toml."""
+    converter: str
+    settings: tuple[str, ...] = ()
+    """KEY=VALUE, torchtitan's overrides."""
+    checkpointing: str = ""
+    """Of `CHECKPOINTING`; empty: as the config has it."""
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.converter, *(setting.removeprefix(OURS) for setting in self.settings)])
+
+    @property
+    def group(self) -> str:
+        """Arms of one group differ in converter and settings, and are compared with the group's plain bf16."""
+        config = Path(self.config).stem
+        return f"{config}, activation checkpointing {self.checkpointing}" if self.checkpointing else config
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^\w.+=-]+", "_", f"{self.group}/{self.name}")
+
+    @property
+    def is_base(self) -> bool:
+        return self.converter == BF16 and not self.settings
+
+
+def parse_arm(text: str) -> tuple[str, tuple[str, ...]]:
+    """ "CONVERTER" or "CONVERTER,KEY=VALUE,..." -> converter and settings.
+
+    Raises:
+        argparse.ArgumentTypeError: an unknown converter, or settings of another form.
+    """
+    converter, *settings = re.split(r",(?=[\w.]+=)", text)
+    if converter not in CONVERTERS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must begin with one of {', '.join(CONVERTERS)}, and go on with ,KEY=VALUE or end there"
+        )
+    return converter, tuple(settings)
+
+
+def config_path(config: str) -> Path:
+    """The TOML of a config's name or path.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = Path(config) if config.endswith(".toml") else ROOT / "configs" / f"{config}_bf16.toml"
+    if not path.is_file():
+        names = sorted(p.name.removesuffix("_bf16.toml") for p in (ROOT / "configs").glob("*_bf16.toml"))
+        raise ValueError(f"config {config!r}: there is no file {path}; name one, or one of {', '.join(names)}")
+    return path.resolve()
+
+
+def cut_flavor(config: str, layers: int) -> str:
+    """The flavor of scripts/variants.py that cuts the config's model to this many layers.
+
+    Raises:
+        ValueError: the model is no Llama 3, or has not more layers.
+    """
+    flavor = tomli.loads(config_path(config).read_text())["model"].get("flavor")
+    if flavor not in llama3_args:
+        raise ValueError(f"--layers {layers}: {config} has the flavor {flavor!r}, which is none of Llama 3's")
+    if not 1 <= layers < llama3_args[flavor].n_layers:
+        raise ValueError(f"--layers {layers}: must be 1 to {llama3_args[flavor].n_layers - 1} for {config}")
+    return f"{flavor}-{layers}L"
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, steps: int, data: Path = ROOT / "outputs" / "demo") -> None:
+    """What every comparison of runs takes: --steps, --layers, --compile, --nproc, --log-freq, --data, --set."""
+    parser.add_argument("--steps", type=int, default=steps, help="of each run (default: %(default)s)")
+    parser.add_argument("--layers", type=int, metavar="N", help="cut the model to N layers, for a smaller GPU")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: as the config has it)"
+    )
+    parser.add_argument(
+        "--nproc", type=int, default=torch.cuda.device_count() or 2, help="processes (default here: %(default)s)"
+    )
+    parser.add_argument("--log-freq", type=int, default=1, help="steps from line to line (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=data, help="folder made by make_corpus.py (default: %(default)s)")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="more torchtitan overrides, for all runs"
+    )
+
+
+def overrides_of(arm: Arm, args: argparse.Namespace, folder: Path) -> list[str]:
+    """The command line of a run after the config file.
+
+    Args:
+        args: those of `add_arguments`; settings of our section reach our converter's runs alone.
+        folder: receives the run's files.
+    """
+    overrides = [
+        "--experimental.custom_import=variants",
+        f"--training.steps={args.steps}",
+        f"--lr_scheduler.warmup_steps={max(1, args.steps // 10)}",
+        f"--metrics.log_freq={args.log_freq}",
+        "--debug.seed=1",
+        f"--training.dataset_path={args.data / 'corpus'}",
+        "--training.dataset=c4_test",
+        f"--model.hf_assets_path={args.data / 'tokenizer'}",
+        f"--job.dump_folder={folder}",
+        *CONVERTERS[arm.converter],
+    ]
+    if args.compile is not None:
+        overrides.append("--compile.enable" if args.compile else "--compile.no-enable")
+    if args.layers:
+        overrides.append(f"--model.flavor={cut_flavor(arm.config, args.layers)}")
+    common = [setting for setting in args.set if arm.converter == "blockwise_fp8" or not setting.startswith(OURS)]
+    settings = [*common, *CHECKPOINTING.get(arm.checkpointing, []), *arm.settings]
+    return overrides + [f"--{setting}" for setting in settings]
+
+
+def run(
+    arm: Arm,
+    args: argparse.Namespace,
+    *,
+    folder: Path,
+    cache: Path,
+    timeout: float,
+    extra: Sequence[str] = (),
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> list[Step]:
+    """Train an arm; its log is FOLDER/log.txt.
+
+    Raises:
+        TrainingFailed: see `launch.train`.
+    """
+    # torchrun's processes import `variants` from this folder.
+    path = os.pathsep.join([str(ROOT / "scripts"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return train(
+        config_path(arm.config),
+        [*overrides_of(arm, args, folder), *extra],
+        nproc=args.nproc,
+        log=folder / "log.txt",
+        timeout=timeout,
+        cache=cache,
+        environment={"PYTHONPATH": path},
+        on_step=on_step,
+    )
