@@ -21,7 +21,18 @@ from pathlib import Path
 from launch import ROOT, Step, TrainingFailed
 from measure import table
 from provenance import provenance
-from runs import BF16, COLORS, CONVERTERS, PLOT_STYLE, Arm, add_arguments, config_path, overrides_of, parse_arm, run
+from runs import (
+    BF16,
+    COLORS,
+    CONVERTERS,
+    PLOT_STYLE,
+    Arm,
+    add_arguments,
+    config_path,
+    overrides_of,
+    parse_arm,
+    train_arm,
+)
 
 TIMEOUT = 3600
 
@@ -134,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
 
         try:
-            runs[arm.name] = run(
+            runs[arm.name] = train_arm(
                 arm,
                 args,
                 folder=args.runs / args.name / arm.folder,

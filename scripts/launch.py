@@ -19,7 +19,9 @@ STEP = re.compile(
     r"step:\s*(?P<step>\d+)\s+loss:\s*(?P<loss>\S+)\s+grad_norm:\s*(?P<grad_norm>\S+)\s+"
     r"memory:\s*(?P<memory>\S+?)GiB\S*\s+tps:\s*(?P<tps>[\d,]+)"
 )
-STAMP = re.compile(r"^\[rank0\]:\[titan\] (?P<time>\S+ \S+) - .* - (?P<what>Training starts|step:\s*\d+)", re.MULTILINE)
+STAMP = re.compile(
+    r"^\[rank0\]:\[titan\] (?P<time>\S+ \S+) - .* - (Training starts at step 1$|step:\s*(?P<step>\d+) )", re.MULTILINE
+)
 VALIDATION = re.compile(r"validate step:\s*(?P<step>\d+)\s+loss:\s*(?P<loss>\S+)")
 
 
@@ -55,15 +57,13 @@ def validation_losses(log: Path) -> dict[int, float]:
     return {int(match["step"]): float(match["loss"]) for match in VALIDATION.finditer(log.read_text())}
 
 
-def first_step_seconds(log: Path) -> float | None:
-    """From the start of training to the end of the first step, compilation included; None where the log lacks one of the two."""
-    stamps = [
-        (match["what"], datetime.strptime(match["time"], "%Y-%m-%d %H:%M:%S,%f"))
-        for match in STAMP.finditer(log.read_text())
-    ]
-    if len(stamps) < 2 or stamps[0][0] != "Training starts":
-        return None
-    return (stamps[1][1] - stamps[0][1]).total_seconds()
+def step_times(log: Path) -> dict[int, float]:
+    """Step -> the time in seconds at which rank 0 logged it, 0 when training started; empty where the log does not tell that."""
+    times: dict[int, datetime] = {}
+    for match in STAMP.finditer(log.read_text()):
+        step = 0 if match["step"] is None else int(match["step"])
+        times[step] = datetime.strptime(match["time"], "%Y-%m-%d %H:%M:%S,%f")
+    return {step: (time - times[0]).total_seconds() for step, time in times.items()} if 0 in times else {}
 
 
 def train(

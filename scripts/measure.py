@@ -37,14 +37,16 @@ class CudaTimer:
     Args:
         device: the GPU.
         sample_us: how long the launches of a sample last together, roughly.
+        least: launches of a sample at least.
         ahead: the GPU waits until the host has issued a sample's launches, so that gaps between kernels are the GPU's alone;
             else the host issues while the GPU works, as in training, and a slow host costs time.
     """
 
-    def __init__(self, device: torch.device, *, sample_us: float = SAMPLE_US, ahead: bool = True):
+    def __init__(self, device: torch.device, *, sample_us: float = SAMPLE_US, least: int = 1, ahead: bool = True):
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.sample_us = sample_us
+        self.least = least
         self.ahead = ahead
 
     def pace(self, run: Callable[[], object]) -> Pace:
@@ -52,7 +54,7 @@ class CudaTimer:
         self.synchronize()
         host_us = host_us_per_call(run, 5)
         us = self.sample(run, Pace(3, host_us))
-        return Pace(min(max(math.ceil(self.sample_us / us), 1), MAX_LAUNCHES), host_us)
+        return Pace(min(max(math.ceil(self.sample_us / us), self.least), MAX_LAUNCHES), host_us)
 
     def sample(self, run: Callable[[], object], pace: Pace) -> float:
         """µs per launch."""

@@ -49,6 +49,15 @@ def hardware() -> dict[str, object]:
     return found
 
 
+def machine() -> str:
+    """Tells this machine's GPUs, or without any this host, from others."""
+    query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    try:
+        return " ".join(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split())
+    except (OSError, subprocess.CalledProcessError):
+        return platform.node()
+
+
 def provenance() -> dict[str, object]:
     """All of this, for a result's JSON."""
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")

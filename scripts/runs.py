@@ -169,7 +169,7 @@ def overrides_of(arm: Arm, args: argparse.Namespace, folder: Path) -> list[str]:
     return overrides + [f"--{setting}" for setting in settings]
 
 
-def run(
+def train_arm(
     arm: Arm,
     args: argparse.Namespace,
     *,

@@ -1,0 +1,591 @@
+"""Time forward and backward of Llama's Linears and of a whole block under our converter and its peers, in one process.
+
+    python scripts/bench_linear.py
+    python scripts/bench_linear.py --flavors 8B 70B --tokens 8192 --subjects linears block --seconds 300
+    python scripts/bench_linear.py --subjects wk --converters bf16 blockwise_fp8 --modes eager
+
+Subjects: "linears", the seven of a block with inputs of their own, those that share one in Llama sharing it here; "block",
+torchtitan's TransformerBlock; or one Linear by name. Weights are bf16, as FSDP2 hands them over; no activation checkpointing.
+Eager and compiled candidates take turns on the same data, in a new order each round; a sample is the mean of back-to-back steps
+that the host issues while the GPU works, as in training. Gradients are compared with those of bf16.
+
+Writes NAME.json and NAME.md to --out. Exits with 2 where there is no suitable GPU, with 1 when a result is wrong.
+"""
+
+import argparse
+import contextlib
+import copy
+import gc
+import itertools
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import bench_kernels
+import gpu_trace
+import torch
+import torch.nn as nn
+from bench_kernels import FORWARD, WGRAD, Budget, GemmOperands, Kind, Shape
+from measure import CudaTimer, Timer, interleave, reason, spread, table
+from provenance import ROOT, provenance
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torchtitan.models.llama3 import llama3_args
+from torchtitan.models.llama3.model.model import TransformerBlock, precompute_freqs_cis
+
+from blockfp8_titan import Recipe, convert_model
+from blockfp8_titan.numerics import relative_error
+from blockfp8_titan.ops.backend import triton_obstacle
+
+Mode = Literal["eager", "compiled"]
+MODES: tuple[Mode, ...] = ("eager", "compiled")
+BF16 = "bf16"
+SEQUENCE = 8192
+SAMPLE_US = 60_000.0
+LEAST_STEPS = 3
+ERROR_BOUND = 0.08
+"""Relative error of y, dx and dw against bf16: rounding both operands of a GEMM to e4m3 costs 0.038 of normal data."""
+BLOCK_ERROR_BOUND = 0.25
+"""The same of a block, whose gradients pass through six GEMMs and a softmax."""
+
+# What is measured
+
+ATTENTION, FEED_FORWARD = ("wq", "wk", "wv", "wo"), ("w1", "w2", "w3")
+SUBJECTS = ("linears", "block", *ATTENTION, *FEED_FORWARD)
+
+
+class Linears(nn.Module):
+    """The seven Linears of a block under their names there, without what lies between them."""
+
+    def __init__(self, block: TransformerBlock):
+        super().__init__()
+        self.attention = nn.ModuleDict({name: getattr(block.attention, name) for name in ATTENTION})
+        self.feed_forward = nn.ModuleDict({name: getattr(block.feed_forward, name) for name in FEED_FORWARD})
+
+    def forward(self, x: Tensor, attended: Tensor, normed: Tensor, gated: Tensor) -> tuple[Tensor, ...]:
+        attention = *(self.attention[name](x) for name in ("wq", "wk", "wv")), self.attention["wo"](attended)
+        feed_forward = *(self.feed_forward[name](normed) for name in ("w1", "w3")), self.feed_forward["w2"](gated)
+        return *attention, *feed_forward
+
+
+class Single(nn.Module):
+    """One Linear."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.linear(x),)
+
+
+class Block(nn.Module):
+    """A whole block, with rotary embedding, causal, of sequences as long as its frequencies."""
+
+    def __init__(self, block: TransformerBlock, freqs_cis: Tensor):
+        super().__init__()
+        self.block = block
+        self.register_buffer("freqs_cis", freqs_cis, persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.block(x, self.freqs_cis, None),)
+
+
+@dataclass
+class Subject:
+    """A module in bf16, its inputs, the gradients of its outputs, and the sizes (out, in) of its Linears."""
+
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+    sizes: tuple[tuple[int, int], ...]
+    bound: float
+
+
+def subject_of(name: str, flavor: str, tokens: int, device: torch.device) -> Subject:
+    """Random bf16 weights (torchtitan's initialisation) and data.
+
+    Args:
+        name: of `SUBJECTS`.
+        flavor: of torchtitan's Llama 3.
+        tokens: rows of a Linear's input; a block takes them as sequences of 8192.
+    """
+    args = llama3_args[flavor]
+    with torch.device(device):
+        block = TransformerBlock(0, args)
+        block.init_weights()
+        block.to(torch.bfloat16)
+        if name == "block":
+            length = min(tokens, SEQUENCE)
+            module: nn.Module = Block(block, precompute_freqs_cis(args.dim // args.n_heads, length, args.rope_theta))
+            shapes = [(tokens // length, length, args.dim)]
+        elif name == "linears":
+            module = Linears(block)
+            into = (block.attention.wq, block.attention.wo, block.feed_forward.w1, block.feed_forward.w2)
+            shapes = [(tokens, linear.in_features) for linear in into]
+        else:
+            linear = getattr(block.attention if name in ATTENTION else block.feed_forward, name)
+            module, shapes = Single(linear), [(tokens, linear.in_features)]
+        inputs = tuple(torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+        with torch.no_grad():
+            gradients = tuple(torch.randn_like(y) for y in module(*inputs))
+    sizes = tuple((m.out_features, m.in_features) for m in module.modules() if isinstance(m, nn.Linear))
+    return Subject(module, inputs, gradients, sizes, BLOCK_ERROR_BOUND if name == "block" else ERROR_BOUND)
+
+
+# Candidates
+
+
+def _ours(**recipe: Any) -> Callable[[nn.Module], None]:
+    def convert(module: nn.Module) -> None:
+        convert_model(module, [{"match": "*", "action": "convert"}], recipe=Recipe(**recipe))
+
+    return convert
+
+
+def _torchao(recipe: str | None) -> Callable[[nn.Module], None]:
+    def convert(module: nn.Module) -> None:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        config = Float8LinearConfig.from_recipe_name(recipe) if recipe else Float8LinearConfig()
+        convert_to_float8_training(module, config=config)
+
+    return convert
+
+
+def _torchao_blockwise(module: nn.Module) -> None:
+    from torchao.prototype.blockwise_fp8_training.linear import Float8BlockwiseLinear
+
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, Float8BlockwiseLinear.from_float(child))
+
+
+@dataclass(frozen=True)
+class Converter:
+    """How a module is converted in place, and whose GEMMs in `bench_kernels.GEMMS` bound its speed; dw: the kind of its dw GEMM."""
+
+    convert: Callable[[nn.Module], None]
+    roof: str
+    dw: Kind = WGRAD
+
+
+CONVERTERS = {
+    BF16: Converter(lambda module: None, "bf16"),
+    "blockwise_fp8": Converter(_ours(), "cublas"),
+    "blockwise_fp8 wgrad=fp8_block": Converter(_ours(wgrad="fp8_block"), "cublas", FORWARD),
+    "float8_tensorwise": Converter(_torchao(None), "tensorwise"),
+    "float8_rowwise": Converter(_torchao("rowwise"), "rowwise"),
+    "torchao_blockwise": Converter(_torchao_blockwise, "cublas"),
+}
+
+
+@contextlib.contextmanager
+def as_torchtitan_compiles(name: str) -> Iterator[None]:
+    """For rowwise, torchtitan has inductor round where eager mode does."""
+    with torch._inductor.config.patch(emulate_precision_casts=name == "float8_rowwise"):
+        yield
+
+
+class Step:
+    """One forward and backward of a candidate."""
+
+    def __init__(self, module: nn.Module, subject: Subject, mode: Mode):
+        self.module = module
+        self.inputs = tuple(x.detach().requires_grad_() for x in subject.inputs)
+        self.gradients = subject.gradients
+        self.forward: Callable[..., tuple[Tensor, ...]] = (
+            torch.compile(module, fullgraph=True) if mode == "compiled" else module
+        )
+
+    def __call__(self) -> None:
+        torch.autograd.backward(self.forward(*self.inputs), self.gradients)
+        for tensor in itertools.chain(self.module.parameters(), self.inputs):
+            tensor.grad = None
+
+    def results(self) -> list[Tensor]:
+        """Outputs, then gradients of the inputs and of the parameters."""
+        outputs = self.forward(*self.inputs)
+        torch.autograd.backward(outputs, self.gradients)
+        found = [y.detach() for y in outputs]
+        for tensor in itertools.chain(self.inputs, self.module.parameters()):
+            assert tensor.grad is not None
+            found.append(tensor.grad)
+            tensor.grad = None
+        return found
+
+    def saved_bytes(self) -> int:
+        """What autograd keeps from forward to backward besides parameters and buffers: storages, each counted once."""
+        own = {t.untyped_storage().data_ptr() for t in itertools.chain(self.module.parameters(), self.module.buffers())}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            for inner in plain_tensors(tensor):
+                storage = inner.untyped_storage()
+                if storage.data_ptr() not in own:
+                    kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = self.forward(*self.inputs)
+        del outputs
+        return sum(kept.values())
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """What a tensor subclass is made of; a plain tensor itself."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def largest_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """The largest relative error; NaN where a tensor holds NaN."""
+    errors = [relative_error(a, b) for a, b in zip(exact, found, strict=True)]
+    return math.nan if any(math.isnan(error) for error in errors) else max(errors)
+
+
+def memory_of(step: Step) -> dict[str, int]:
+    """Bytes that the allocator holds between forward and backward besides outputs, and the peak of a step, above what was there."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    outputs = step.forward(*step.inputs)
+    held = torch.cuda.memory_allocated() - before - sum(y.nbytes for y in outputs)
+    del outputs
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return {"held_bytes": held, "peak_bytes": torch.cuda.max_memory_allocated() - before}
+
+
+def kernels_of(step: Step) -> dict[str, Any]:
+    """The kernels of a step: their number, and µs by group."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        summary = gpu_trace.summarise(gpu_trace.read_trace(path))
+    groups = {group: row["ms"] * 1e3 for group, row in summary["groups"].items()}
+    return {"launches": summary["launches"], "group_us": groups, "kernels": summary["kernels"]}
+
+
+# GEMMs, the roof
+
+
+def gemms_of(sizes: Sequence[tuple[int, int]], tokens: int, dw: Kind) -> list[tuple[Kind, int, int, int]]:
+    """The three GEMMs (kind, M, N, K) of each Linear."""
+    found: list[tuple[Kind, int, int, int]] = []
+    for out, into in sizes:
+        found += [(FORWARD, tokens, out, into), (FORWARD, tokens, into, out), (dw, out, into, tokens)]
+    return found
+
+
+Roofs = dict[tuple[Kind, int, int, int], dict[str, float]]
+
+
+def measure_roofs(
+    gemms: Sequence[tuple[Kind, int, int, int]],
+    names: Sequence[str],
+    timer: Timer,
+    device: torch.device,
+    seconds: float,
+) -> Roofs:
+    """µs of each GEMM by contender of `bench_kernels.GEMMS`; those that cannot run are left out."""
+    contenders = [contender for contender in bench_kernels.GEMMS if contender.name in names]
+    distinct = list(dict.fromkeys(gemms))
+    roofs: Roofs = {}
+    for gemm in distinct:
+        operands = GemmOperands(Shape(*gemm, ("roof",)), device)
+        budget = Budget(seconds / len(distinct))
+        records = bench_kernels.measure(
+            *(contenders, operands, timer, budget, budget.left), work=None, base=BF16, copy_gbps=None
+        )
+        roofs[gemm] = {name: record["us"] for name, record in records.items() if "us" in record}
+    return roofs
+
+
+def roof_us(gemms: Sequence[tuple[Kind, int, int, int]], contender: str, roofs: Roofs) -> float | None:
+    """What the GEMMs alone take; None where one was not measured."""
+    times = [roofs.get(gemm, {}).get(contender) for gemm in gemms]
+    return None if None in times else sum(times)
+
+
+# Measurement
+
+
+def bench_subject(
+    name: str,
+    flavor: str,
+    tokens: int,
+    *,
+    converters: Sequence[str],
+    modes: Sequence[Mode],
+    timer: Timer,
+    ahead: Timer,
+    device: torch.device,
+    seconds: float,
+) -> dict[str, Any]:
+    """Measure one subject under all converters and modes.
+
+    Args:
+        timer: for steps that the host issues while the GPU works; gives us.
+        ahead: for steps issued before the GPU begins; gives gpu_us. Also times the GEMMs of the roof.
+        seconds: for this subject, roughly; at least `measure.MIN_ROUNDS` are sampled.
+    """
+    began = time.monotonic()
+    subject = subject_of(name, flavor, tokens, device)
+    record: dict[str, Any] = {"subject": name, "flavor": flavor, "tokens": tokens}
+    candidates: dict[tuple[str, Mode], dict[str, Any]] = {}
+    steps: dict[tuple[str, Mode], Step] = {}
+    exact: list[Tensor] | None = None
+    for mode, converter in itertools.product(modes, sorted(converters, key=lambda c: c != BF16)):
+        key = converter, mode
+        try:
+            # The weights are the subject's: gradients alone are a candidate's own.
+            module = _twin(subject.module)
+            CONVERTERS[converter].convert(module)
+            step = Step(module, subject, mode)
+            with as_torchtitan_compiles(converter):
+                found = step.results()
+            exact = exact or found
+            error = largest_error(exact, found)
+            del found
+            wrong = not error <= subject.bound
+            candidates[key] = {"error": error if math.isfinite(error) else None, "wrong": wrong}
+            candidates[key]["saved_bytes"] = step.saved_bytes()
+            if device.type == "cuda":
+                candidates[key] |= {**memory_of(step), **kernels_of(step)}
+            steps[key] = step
+        except Exception as failure:  # one that cannot run here must not end the run
+            candidates[key] = {"failed": reason(failure)}
+    exact = None
+    _free(device)
+
+    kinds = {converter: gemms_of(subject.sizes, tokens, CONVERTERS[converter].dw) for converter in converters}
+    roof_names = {CONVERTERS[converter].roof for converter in converters}
+    every = [gemm for gemms in kinds.values() for gemm in gemms]
+    roofs = measure_roofs(every, sorted(roof_names), ahead, device, 0.2 * seconds)
+    _free(device)
+
+    left = max(seconds - (time.monotonic() - began), 0.0)
+    for clock, field, share in ((ahead, "gpu_us", 0.3), (timer, "us", 0.7)):
+        paces = {" | ".join(key): (step, clock.pace(step)) for key, step in steps.items()}
+        samples = interleave(paces, clock, time.monotonic() + share * left)
+        for key in steps:
+            times = samples[" | ".join(key)]
+            candidates[key][field] = statistics.median(times)
+            if field == "us":
+                base = samples.get(" | ".join((BF16, key[1])))
+                ratio = statistics.median(b / t for t, b in zip(times, base, strict=True)) if base else None
+                more = {"spread": spread(times), "rounds": len(times), "host_us": paces[" | ".join(key)][1].host_us}
+                candidates[key] |= {"ratio": ratio, **more}
+    for (converter, _), candidate in candidates.items():
+        if "us" in candidate:
+            candidate["gemm_us"] = roof_us(kinds[converter], CONVERTERS[converter].roof, roofs)
+            candidate["roof_share"] = candidate["gemm_us"] / candidate["us"] if candidate["gemm_us"] else None
+    record["gemms"] = [{"kind": kind, "M": m, "N": n, "K": k, "us": times} for (kind, m, n, k), times in roofs.items()]
+    record["candidates"] = [
+        {"converter": converter, "mode": mode, **candidate} for (converter, mode), candidate in candidates.items()
+    ]
+    return record
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy of the structure that shares parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in itertools.chain(module.parameters(), module.buffers())}
+    return copy.deepcopy(module, memo=shared)
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# What became of it
+
+
+def _gib(candidate: dict[str, Any], field: str) -> str:
+    return f"{candidate[field] / 2**30:.2f}" if field in candidate else "—"
+
+
+def overview(record: dict[str, Any]) -> str:
+    """One subject as Markdown."""
+    header = (
+        *("converter", "mode", "ms", "spread", "× bf16", "GPU ms", "host ms", "launches", "GEMMs alone, share"),
+        *("saved, GiB", "× bf16", "held, GiB", "peak, GiB", "largest error"),
+    )
+    saved = {c["mode"]: c["saved_bytes"] for c in record["candidates"] if c["converter"] == BF16 and "saved_bytes" in c}
+    rows = []
+    for c in record["candidates"]:
+        if "us" not in c:
+            rows.append((c["converter"], c["mode"], *["—"] * (len(header) - 3), c["failed"].replace("|", "\\|")))
+            continue
+        error = "not finite" if c["error"] is None else f"{c['error']:.1e}"
+        rows.append(
+            (
+                *(c["converter"], c["mode"], f"{c['us'] / 1e3:.3f}", f"{c['spread']:.1%}"),
+                "—" if c["ratio"] is None else f"{c['ratio']:.3f}",
+                *(f"{c['gpu_us'] / 1e3:.3f}", f"{c['host_us'] / 1e3:.3f}", str(c.get("launches", "—"))),
+                "—" if c["roof_share"] is None else f"{c['roof_share']:.0%}",
+                _gib(c, "saved_bytes"),
+                f"{c['saved_bytes'] / saved[c['mode']]:.2f}" if saved.get(c["mode"]) else "—",
+                *(_gib(c, "held_bytes"), _gib(c, "peak_bytes"), error + " WRONG" * c["wrong"]),
+            )
+        )
+    title = f"### {record['flavor']} {record['subject']}, {record['tokens']:,} tokens"
+    return f"{title}\n\n{table(header, rows, left=2)}"
+
+
+def groups_table(record: dict[str, Any]) -> str:
+    """µs by kind of kernel, a column for each candidate, as Markdown."""
+    found = [c for c in record["candidates"] if "group_us" in c]
+    present = [group for group, _ in gpu_trace.GROUPS if any(group in c["group_us"] for c in found)]
+    rows = [(g, *(f"{c['group_us'][g]:,.0f}" if g in c["group_us"] else "—" for c in found)) for g in present]
+    return table(("µs", *(f"{c['converter']}, {c['mode']}" for c in found)), rows)
+
+
+def report(result: dict[str, Any]) -> str:
+    """The whole result as Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    parts = [
+        "# Linears and blocks, forward and backward",
+        f"{result['gpu']}; {versions}; {result['date']}, commit {result['commit']}.",
+        "ms: a step of forward and backward, back to back, issued while the GPU works; GPU ms: issued before it begins; host ms: to "
+        "issue one. × bf16: the median over rounds of the ratio of speeds, eager to eager and compiled to compiled; spread is (90th - "
+        "10th percentile) / median. GEMMs alone: what the Linears' three GEMMs take by themselves in this run (cuBLASLt's blockwise "
+        "ones for blockwise, cuBLAS's or `_scaled_mm`'s for the others), as a share of the step. Saved: storages that autograd keeps "
+        "for backward, without parameters; held: what the allocator holds then, without outputs; peak: of a step, above what was "
+        "there. Error: the largest relative one of y, dx and dw against eager bf16.",
+    ]
+    for record in result["subjects"]:
+        parts.append(overview(record))
+        if any("group_us" in candidate for candidate in record["candidates"]):
+            parts.append(groups_table(record))
+    if result["dropped"]:
+        parts.append("Not measured:\n" + "\n".join(f"- {name}: {why}" for name, why in result["dropped"].items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def bench(
+    timer: Timer,
+    ahead: Timer,
+    device: torch.device,
+    *,
+    flavors: Sequence[str],
+    subjects: Sequence[str],
+    tokens: int,
+    converters: Sequence[str],
+    modes: Sequence[Mode],
+    seconds: float,
+) -> dict[str, Any]:
+    """Measure and return the result, ready for JSON; a subject not begun in time is named in "dropped"."""
+    end = time.monotonic() + seconds
+    records: list[dict[str, Any]] = []
+    dropped: dict[str, str] = {}
+    jobs = list(itertools.product(flavors, subjects))
+    for number, (flavor, name) in enumerate(jobs):
+        left = end - time.monotonic()
+        if left <= 0:
+            dropped[f"{flavor} {name}"] = "time was up"
+            continue
+        try:
+            record = bench_subject(
+                *(name, flavor, tokens),
+                converters=converters,
+                modes=modes,
+                timer=timer,
+                ahead=ahead,
+                device=device,
+                seconds=left / (len(jobs) - number),
+            )
+        except Exception as failure:  # out of memory, say: what was measured must survive
+            dropped[f"{flavor} {name}"] = reason(failure)
+        else:
+            records.append(record)
+            print(f"\n{overview(record)}", flush=True)
+        torch._dynamo.reset()
+        _free(device)
+    return {
+        **provenance(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "subjects": records,
+        "dropped": dropped,
+    }
+
+
+def wrong_results(result: dict[str, Any]) -> list[str]:
+    return [
+        f"{record['flavor']} {record['subject']}: {candidate['converter']}, {candidate['mode']}"
+        for record in result["subjects"]
+        for candidate in record["candidates"]
+        if candidate.get("wrong")
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flavors", nargs="+", choices=list(llama3_args), default=["8B"], metavar="FLAVOR")
+    parser.add_argument(
+        "--subjects",
+        nargs="+",
+        choices=SUBJECTS,
+        default=["linears", "block", "wq", "wk", "w1", "w2"],
+        metavar="SUBJECT",
+    )
+    parser.add_argument("--tokens", type=int, default=16384, help="(default: %(default)s)")
+    parser.add_argument(
+        "--converters", nargs="+", choices=list(CONVERTERS), default=list(CONVERTERS), metavar="CONVERTER"
+    )
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--seconds", type=float, default=240, help="subjects not begun by then are dropped")
+    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results")
+    parser.add_argument("--name", default="bench_linear", help="of the files written (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    if args.tokens < 128 or args.tokens % min(args.tokens, SEQUENCE):
+        parser.error(f"--tokens {args.tokens}: must be 128 or more, and above {SEQUENCE} a multiple of it")
+    if not torch.cuda.is_available():
+        print("bench_linear.py times GPU kernels, and there is no CUDA GPU here", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    if obstacle := triton_obstacle(device):
+        print(f"bench_linear.py times GPU kernels, and ours cannot run here: {obstacle}", file=sys.stderr)
+        return 2
+
+    torch.manual_seed(0)
+    result = bench(
+        CudaTimer(device, sample_us=SAMPLE_US, least=LEAST_STEPS, ahead=False),
+        CudaTimer(device),
+        device,
+        flavors=args.flavors,
+        subjects=args.subjects,
+        tokens=args.tokens,
+        converters=args.converters,
+        modes=args.modes,
+        seconds=args.seconds,
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    (args.out / f"{args.name}.md").write_text(report(result))
+    for name, why in result["dropped"].items():
+        print(f"not measured: {name}: {why}", file=sys.stderr)
+    wrong = wrong_results(result)
+    for name in wrong:
+        print(f"WRONG: {name}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
