@@ -1,0 +1,352 @@
+"""The comparisons of whole runs: command lines, summaries, resuming; the trainer itself is replaced."""
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import compare_loss
+import compare_throughput as compare
+import launch
+import profile_step
+import pytest
+import runs
+from compare_throughput import Run, Speed
+from launch import Step, TrainingFailed
+from runs import Arm
+
+LOG = """[rank0]:[titan] 2026-01-01 00:00:10,000 - root - INFO - Training starts at step 1
+[rank1]:[titan] 2026-01-01 00:00:11,000 - root - INFO - step:  1  loss:  8.00000  grad_norm:  1.0000  memory:  1.00GiB(1%)  tps: 10
+[rank0]:[titan] 2026-01-01 00:00:12,500 - root - INFO - step:  1  loss:  8.00000  grad_norm:  1.0000  memory:  1.00GiB(1%)  tps: 10
+[rank0]:[titan] 2026-01-01 00:00:13,000 - root - INFO - step:  2  loss:  7.00000  grad_norm:  1.0000  memory:  1.00GiB(1%)  tps: 90
+"""
+
+
+def steps(tps: list[float], loss: float = 5.0, memory: float = 10.0, every: int = 1) -> list[Step]:
+    """Step 1, then each `every`-th."""
+    numbers = [1, *range(every, every * len(tps), every)] if every > 1 else range(1, len(tps) + 1)
+    return [Step(n, loss + 1 / n, 1.0, memory, speed) for n, speed in zip(numbers, tps, strict=True)]
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    runs.add_arguments(parser, steps=20, data=Path("data"))
+    return parser.parse_args(arguments)
+
+
+# Command lines
+
+
+def test_an_arm_is_a_converter_and_settings() -> None:
+    assert runs.parse_arm("bf16") == ("bf16", ())
+    assert runs.parse_arm("blockwise_fp8,blockwise_fp8.wgrad=fp8_block,training.seq_len=64") == (
+        "blockwise_fp8",
+        ("blockwise_fp8.wgrad=fp8_block", "training.seq_len=64"),
+    )
+    # A comma within a value is the value's.
+    assert runs.parse_arm("bf16,compile.components=model,loss")[1] == ("compile.components=model,loss",)
+    with pytest.raises(argparse.ArgumentTypeError, match="'fp4,a=b': must begin with one of bf16"):
+        runs.parse_arm("fp4,a=b")
+
+
+def test_every_converter_has_a_colour() -> None:
+    assert set(runs.COLORS) == set(runs.CONVERTERS)
+
+
+def test_settings_of_ours_reach_ours_alone() -> None:
+    args = parse("--set", "training.seq_len=64", "blockwise_fp8.gemm_backend=cublas", "--no-compile")
+    plain = runs.overrides_of(Arm("debug", "bf16", checkpointing="full"), args, Path("run"))
+    ours = runs.overrides_of(Arm("debug", "blockwise_fp8", ("training.seq_len=32",)), args, Path("run"))
+    assert "--blockwise_fp8.gemm_backend=cublas" in ours and "--blockwise_fp8.gemm_backend=cublas" not in plain
+    assert "--activation_checkpoint.mode=full" in plain and not any("activation" in word for word in ours)
+    assert "--compile.no-enable" in plain
+    # An arm's own settings come last and win.
+    assert ours.index("--training.seq_len=32") > ours.index("--training.seq_len=64")
+    assert not any(
+        word.startswith("--compile.") for word in runs.overrides_of(Arm("debug", "bf16"), parse(), Path("run"))
+    )
+
+
+def test_models_are_cut_by_flavor(tmp_path: Path) -> None:
+    assert "--model.flavor=8B-8L" in runs.overrides_of(Arm("llama3_8b", "bf16"), parse("--layers", "8"), Path("run"))
+    assert runs.cut_flavor("llama3_70b", 4) == "70B-4L"
+    with pytest.raises(ValueError, match=r"--layers 32: must be 1 to 31 for llama3_8b"):
+        runs.cut_flavor("llama3_8b", 32)
+    other = tmp_path / "other.toml"
+    other.write_text('[model]\nname = "qwen3"\nflavor = "none"\n')
+    with pytest.raises(ValueError, match="'none'"):
+        runs.cut_flavor(str(other), 2)
+
+
+def test_an_unknown_config_is_named_with_the_known(capsys: pytest.CaptureFixture) -> None:
+    for main in (compare.main, compare_loss.main, profile_step.main):
+        arguments = ["llama4"] if main is not compare.main else ["llama4", "--converters", "bf16"]
+        with pytest.raises(SystemExit):
+            main(arguments)
+        error = capsys.readouterr().err
+        assert "'llama4'" in error and "debug, llama3_70b, llama3_8b" in error
+
+
+def test_groups_and_names_tell_arms_apart() -> None:
+    ours = Arm("llama3_8b", "blockwise_fp8", ("blockwise_fp8.wgrad=bf16",), "op")
+    assert (ours.group, ours.name) == ("llama3_8b, activation checkpointing op", "blockwise_fp8 wgrad=bf16")
+    assert ours.folder == "llama3_8b_activation_checkpointing_op_blockwise_fp8_wgrad=bf16"
+    assert Arm("x.toml", "bf16").is_base and not Arm("x", "bf16", ("a=b",)).is_base and not ours.is_base
+
+
+def test_times_are_read_from_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text(LOG)
+    assert launch.step_times(log) == {0: 0.0, 1: 2.5, 2: 3.0}
+    log.write_text(LOG.partition("\n")[2])
+    assert launch.step_times(log) == {}
+
+
+# Speeds and their ratios
+
+
+def test_first_steps_are_left_out_with_the_interval_they_are_in() -> None:
+    assert [step.step for step in compare.measured(steps([1.0] * 6), 3)] == [4, 5, 6]
+    # Lines at 1, 5, 10, 15: the one of step 5 holds steps 2 to 5, that of step 10 is the first without them.
+    sparse = steps([1.0, 2.0, 3.0, 4.0], every=5)
+    assert [step.step for step in compare.measured(sparse, 5)] == [10, 15]
+    assert [step.step for step in compare.measured(sparse, 4)] == [10, 15]
+    assert compare.measured(sparse[:1], 0) == []
+
+
+def test_the_speed_of_a_run() -> None:
+    speed = compare.speed_of(steps([1.0, 50.0, 90.0, 100.0, 110.0]), 2, 7.5, 9.0)
+    assert speed.tps == 100 and speed.tps_spread == pytest.approx(16 / 100)
+    assert speed.loss == pytest.approx(5.2) and (speed.memory, speed.first_step, speed.startup) == (10, 7.5, 9)
+    assert compare.speed_of(steps([1.0, 50.0]), 1, None, 9.0).tps_spread == 0
+
+
+def done(
+    arm: str, number: int, tps: float, *, key: str = "", machine: str = "here", memory: float = 10.0, **more: Any
+) -> Run:
+    speed = Speed(tps, 0.01, memory, 5.0, more.get("first_step", 30.0), 60.0)
+    return Run(arm, "debug", key or arm, number, machine, 60.0, speed)
+
+
+ARMS = [Arm("debug", "bf16"), Arm("debug", "blockwise_fp8")]
+
+
+def test_ratios_are_those_of_rounds() -> None:
+    # The machine slows to a half in the second round.
+    found = [
+        done("bf16", 1, 100),
+        done("blockwise_fp8", 1, 130),
+        done("bf16", 2, 50),
+        done("blockwise_fp8", 2, 70, memory=9),
+    ]
+    base, ours = compare.summarise(found, ARMS)
+    assert base["tps_ratio"] == 1 and ours["tps_ratio"] == pytest.approx(1.35) and ours["tps"] == 100
+    assert ours["tps_ratios"] == pytest.approx([1.3, 1.4])
+    assert ours["memory_ratio"] == pytest.approx(0.95) and ours["rounds"] == 2
+    assert "| blockwise_fp8 | 2 | 100 | 1.0% | 1.350 (1.300–1.400) |" in compare.overview([base, ours])
+
+
+def test_a_round_without_its_base_gives_no_ratio() -> None:
+    found = [done("blockwise_fp8", 1, 130), done("bf16", 2, 100), done("blockwise_fp8", 2, 110, first_step=None)]
+    _, ours = compare.summarise(found, ARMS)
+    assert ours["tps_ratios"] == pytest.approx([1.1, 1.1]) and ours["rounds"] == 2
+    assert "first_step_ratio" not in ours and ours["first_step"] == 30
+
+
+def test_a_failed_run_is_reported() -> None:
+    failed = Run("blockwise_fp8", "debug", "k", 1, "here", 3.0, None, "OutOfMemoryError: too much")
+    rows = compare.summarise([done("bf16", 1, 100), failed], ARMS)
+    assert rows[1]["rounds"] == 0 and "blockwise_fp8 failed: OutOfMemoryError: too much" in compare.overview(rows)
+
+
+# Resuming
+
+
+def test_whole_rounds_of_another_machine_and_single_runs_of_this_one_are_kept() -> None:
+    kept = [done("bf16", 1, 1, machine="there"), done("blockwise_fp8", 1, 2, machine="there"), done("bf16", 3, 4)]
+    half = done("bf16", 2, 3, machine="there")
+    other_settings = done("bf16", 1, 5, key="changed")
+    failed = Run("blockwise_fp8", "debug", "blockwise_fp8", 3, "here", 3.0, None, "no")
+    found = compare.reusable([*kept[:2], half, other_settings, kept[2], failed], ["bf16", "blockwise_fp8"], "here")
+    assert found == kept
+    # A round of two machines compares nothing.
+    mixed = [done("bf16", 1, 1, machine="there"), done("blockwise_fp8", 1, 2)]
+    assert compare.reusable(mixed, ["bf16", "blockwise_fp8"], "here") == mixed[1:]
+
+
+def test_a_key_tells_what_changes_the_work() -> None:
+    def key(arm: Arm = ARMS[1], code: str = "a", *arguments: str) -> str:
+        args = parse(*arguments)
+        args.skip = 5
+        return compare.key_of(arm, args, code)
+
+    assert key() == key()
+    others = [key(ARMS[0]), key(code="b"), key(ARMS[1], "a", "--steps", "21"), key(ARMS[1], "a", "--nproc", "7")]
+    others += [key(Arm("llama3_8b", "blockwise_fp8")), key(ARMS[1], "a", "--set", "training.seq_len=64")]
+    assert len({key(), *others}) == 7
+
+
+def test_runs_begin_only_if_they_would_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(compare.time, "monotonic", lambda: now)
+    clock = compare.Clock(100)
+    assert clock.allows("a")
+    clock.note("a", 60)
+    clock.note("a", 50)
+    now = 45.0
+    assert not clock.allows("a") and not clock.allows("unknown")
+    clock.note("b", 20)
+    assert clock.allows("b")
+    assert not compare.Clock(0).allows("a") and compare.Clock(math.inf).allows("a")
+
+
+def test_the_reason_of_a_failure_is_the_exception() -> None:
+    text = "torchrun\nended; the end of log:\n  File x\n[rank0]: torch.OutOfMemoryError: CUDA out of memory.\nChildFailedError\nend\n"
+    assert compare.reason_of(TrainingFailed(text)) == "[rank0]: torch.OutOfMemoryError: CUDA out of memory."
+    assert compare.reason_of(TrainingFailed("a\nran past 9 s\n")) == "ran past 9 s"
+
+
+# The scripts, with a trainer that only writes
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces the trainer; the names of the arms trained. blockwise_fp8 is 1.3 times as fast; full checkpointing fails."""
+    names: list[str] = []
+    drift = itertools.count(1)
+
+    def train_arm(arm: Arm, args: Any, *, folder: Path, on_step: Callable[[Step], None], **options: Any) -> list[Step]:
+        names.append(arm.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.txt").write_text(LOG)
+        if arm.checkpointing == "full":
+            raise TrainingFailed("RuntimeError: full")
+        tps = (130 if arm.converter == "blockwise_fp8" else 100) / (1 + next(drift) / 1000)
+        logged = steps([1.0] + [tps] * (args.steps - 1))
+        for step in logged:
+            on_step(step)
+        return logged
+
+    for module in (compare, compare_loss, profile_step):
+        monkeypatch.setattr(module, "train_arm", train_arm)
+    monkeypatch.setattr(compare, "machine", lambda: "here")
+    return names
+
+
+def test_runs_take_turns_and_a_second_call_goes_on(
+    trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = [
+        "debug",
+        "--steps",
+        "8",
+        "--out",
+        str(tmp_path),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--name",
+        "t",
+        "--nproc",
+        "2",
+    ]
+    assert compare.main([*command, "--rounds", "2"]) == 0
+    assert trained == ["bf16", "blockwise_fp8"] * 2
+    result = json.loads((tmp_path / "t.json").read_text())
+    ours = result["summary"][1]
+    assert ours["tps_ratio"] == pytest.approx(1.3, rel=2e-3) and ours["rounds"] == 2 and ours["first_step"] == 2.5
+    assert "| blockwise_fp8 | 2 |" in (tmp_path / "t.md").read_text()
+    assert (tmp_path / "t.png").stat().st_size > 5_000
+
+    # One run is lost, a round is asked for in addition, and the time is up before anything begins.
+    result["runs"] = result["runs"][:3]
+    (tmp_path / "t.json").write_text(json.dumps(result))
+    assert compare.main([*command, "--rounds", "3", "--seconds", "0"]) == 0
+    assert "3 runs were not begun" in capsys.readouterr().out and len(trained) == 4
+    assert compare.main([*command, "--rounds", "3"]) == 0
+    assert trained[4:] == ["blockwise_fp8", "bf16", "blockwise_fp8"]
+    # Other settings are other runs.
+    assert compare.main([*command, "--rounds", "1", "--set", "training.seq_len=64"]) == 0
+    assert len(trained) == 9
+    assert "0 runs are done, 6 fit this command no more" in capsys.readouterr().out
+
+
+def test_an_arm_that_fails_fails_once_and_the_others_go_on(trained: list[str], tmp_path: Path) -> None:
+    command = ["debug", "--steps", "8", "--out", str(tmp_path), "--runs", str(tmp_path / "runs"), "--rounds", "2"]
+    assert compare.main([*command, "--checkpointing", "op", "full"]) == 1
+    assert trained == ["bf16", "blockwise_fp8"] * 2 + ["bf16", "blockwise_fp8"]
+    rows = json.loads((tmp_path / "throughput.json").read_text())["summary"]
+    assert [row["rounds"] for row in rows] == [2, 2, 0, 0] and rows[2]["failure"] == "RuntimeError: full"
+    # A failed run is done again when asked for again.
+    trained.clear()
+    assert compare.main([*command, "--checkpointing", "op", "full"]) == 1
+    assert trained == ["bf16", "blockwise_fp8"]
+
+
+def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture) -> None:
+    for arguments, words in [
+        (["debug", "--converters", "blockwise_fp8"], "bf16 must be among them"),
+        (["debug", "--steps", "5"], "must be more than --skip 5"),
+        (["debug", "debug"], "the same run twice"),
+        (["debug", "--layers", "6"], "must be 1 to 5"),
+    ]:
+        with pytest.raises(SystemExit):
+            compare.main(arguments)
+        assert words in capsys.readouterr().err
+
+
+def test_losses_are_compared(trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arms = ["--converters", "bf16", "blockwise_fp8", "blockwise_fp8,blockwise_fp8.wgrad=bf16"]
+    assert (
+        compare_loss.main(["debug", "--steps", "20", *arms, "--out", str(tmp_path), "--runs", str(tmp_path / "runs")])
+        == 0
+    )
+    result = json.loads((tmp_path / "loss.json").read_text())
+    assert list(result["summary"]) == ["bf16", "blockwise_fp8", "blockwise_fp8 wgrad=bf16"]
+    assert result["summary"]["blockwise_fp8"]["gap"] == 0 and result["mode"] == "eager"
+    assert "--blockwise_fp8.wgrad=bf16" in result["overrides"]["blockwise_fp8 wgrad=bf16"]
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    assert "| blockwise_fp8 | 5.0513 | +0.000% |" in capsys.readouterr().out
+
+
+def test_profiles_stand_side_by_side(
+    trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    trace = [
+        {"ph": "X", "cat": "user_annotation", "name": "ProfilerStep#11", "ts": 0, "dur": 100},
+        {"ph": "X", "cat": "kernel", "name": "nvjet_tst_1", "ts": 10, "dur": 60, "args": {}},
+        {"ph": "X", "cat": "kernel", "name": "ncclDevKernel_AllGather_RING_LL", "ts": 60, "dur": 20, "args": {}},
+    ]
+
+    def with_trace(train: Callable[..., list[Step]]) -> Callable[..., list[Step]]:
+        def train_arm(arm: Arm, args: Any, *, folder: Path, extra: list[str], **options: Any) -> list[Step]:
+            assert "--profiling.profile_freq=12" in extra
+            path = profile_step.trace_file(folder, args.steps)
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps({"traceEvents": trace if arm.converter == "bf16" else trace[:1]}))
+            return train(arm, args, folder=folder, **options)
+
+        return train_arm
+
+    monkeypatch.setattr(profile_step, "train_arm", with_trace(profile_step.train_arm))
+    command = ["debug", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    assert profile_step.main(command) == 1  # blockwise_fp8's trace has no kernel
+    assert "no kernel ran on a GPU" in capsys.readouterr().err
+    result = json.loads((tmp_path / "profile.json").read_text())
+    assert list(result["profiles"]) == ["bf16"] and list(result["failures"]) == ["blockwise_fp8"]
+    parts = {name: round(ms * 1e3) for name, ms in result["profiles"]["bf16"]["timeline_ms"].items()}
+    assert parts == {"compute": 60, "exposed communication": 10, "exposed copies": 0, "idle": 30}
+    text = (tmp_path / "profile.md").read_text()
+    assert "| bf16 GEMM | 0.1 (1) |" in text and "| `nvjet_tst_1` |  | bf16 GEMM | 1 | 0.06 | 60.0% |" in text
+
+
+def test_the_unprofiled_step_is_that_before_the_profiler(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    form = "[rank0]:[titan] 2026-01-01 00:00:{:06.3f} - root - INFO - {}\n"
+    ends = {1: 20.0, 2: 22.0, 3: 23.0, 4: 24.0, 5: 25.2, 6: 30.0, 7: 35.0}
+    lines = [(10.0, "Training starts at step 1"), *((at, f"step: {n}  loss:") for n, at in ends.items())]
+    log.write_text("".join(form.format(at, what).replace(".", ",") for at, what in lines))
+    assert profile_step.unprofiled_ms(log, 9) == pytest.approx(1000)  # steps 3, 4, 5
+    assert profile_step.unprofiled_ms(log, 6) is None
