@@ -500,8 +500,9 @@ def report(result: dict[str, Any]) -> str:
         "issue one. × bf16: the median over rounds of the ratio of speeds, eager to eager and compiled to compiled; spread is (90th - "
         "10th percentile) / median. GEMMs alone: what the Linears' three GEMMs take by themselves in this run (cuBLASLt's blockwise "
         "ones for blockwise, cuBLAS's or `_scaled_mm`'s for the others), as a share of the step. Saved: storages that autograd keeps "
-        "for backward, without parameters; of it weights: those shaped like a parameter, quantised weights; held: what the allocator holds then, without outputs; peak: of a step, above what was "
-        "there. Error: the largest relative one of y, dx and dw against eager bf16.",
+        "for backward, without parameters; of it weights: those shaped like a parameter, quantised weights; held: what the allocator "
+        "holds then, without outputs; peak: of a step, above what was there. Error: the largest relative one of y, dx and dw against "
+        "eager bf16.",
     ]
     for record in result["subjects"]:
         parts.append(overview(record))

@@ -7,7 +7,7 @@ Runs plain `torchrun -m torchtitan.train` with its profiler on; the last of --st
 itself slows the host: compare "idle" with the unprofiled step's time beside it. Kernels of inductor that quantise for torchao's
 converters, fused with their neighbours, count as inductor's.
 
-Writes NAME.json and NAME.md to --out; the traces stay in --runs. Exits with 1 when a run failed.
+Writes NAME.json and NAME.md to --out; the traces stay in --runs. Exits with 2 where there is no GPU, with 1 when a run failed.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_trace
+import torch
 from launch import ROOT, TrainingFailed, step_times
 from measure import table
 from provenance import provenance
@@ -126,12 +127,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"--steps {args.steps}: must be more than {WARM_UP + 2}: a first step, {WARM_UP} of warm-up, one profiled"
         )
+    args.runs = args.runs.resolve()  # the trainer, which writes the trace, runs in the repository's root
     arms = [Arm(args.config, converter, settings, args.checkpointing) for converter, settings in args.converters]
     try:
         config_path(args.config)
         overrides = {arm.name: overrides_of(arm, args, args.runs / args.name / arm.folder) for arm in arms}
     except ValueError as error:
         parser.error(str(error))
+
+    if not torch.cuda.device_count():
+        print("profile_step.py profiles GPU kernels, and there is no CUDA GPU here", file=sys.stderr)
+        return 2
 
     profiles: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}

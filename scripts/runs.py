@@ -135,7 +135,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int, data: Path = R
         "--nproc", type=int, default=torch.cuda.device_count() or 2, help="processes (default here: %(default)s)"
     )
     parser.add_argument("--log-freq", type=int, default=1, help="steps from line to line (default: %(default)s)")
-    parser.add_argument("--data", type=Path, default=data, help="folder made by make_corpus.py (default: %(default)s)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=data,
+        help="folder made by make_corpus.py, relative to the repository's root (default: %(default)s)",
+    )
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="more torchtitan overrides, for all runs"
     )

@@ -55,7 +55,7 @@ def test_subjects_have_the_sizes_of_the_block() -> None:
     linears = bench.subject_of("linears", "tiny", TOKENS, CPU)
     kv = (DIM // 2, DIM)
     assert linears.sizes == ((DIM, DIM), kv, kv, (DIM, DIM), (HIDDEN, DIM), (DIM, HIDDEN), (HIDDEN, DIM))
-    assert [name for name, _ in linears.module.named_parameters()][0] == "attention.wq.weight"
+    assert next(name for name, _ in linears.module.named_parameters()) == "attention.wq.weight"
     block = bench.subject_of("block", "tiny", TOKENS, CPU)
     assert sorted(block.sizes) == sorted(linears.sizes) and block.inputs[0].shape == (1, TOKENS, DIM)
     assert {p.dtype for p in block.module.parameters()} == {torch.bfloat16} and block.module.freqs_cis.is_complex()

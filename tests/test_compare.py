@@ -1,12 +1,16 @@
 """The comparisons of whole runs: command lines, summaries, resuming; the trainer itself is replaced."""
 
 import argparse
+import importlib
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import compare_loss
 import compare_throughput as compare
@@ -14,9 +18,14 @@ import launch
 import profile_step
 import pytest
 import runs
+import torch
+import torchtitan.models.llama3.infra.parallelize as parallelize
 from compare_throughput import Run, Speed
 from launch import Step, TrainingFailed
 from runs import Arm
+from torchtitan.config import ConfigManager
+from torchtitan.models.llama3 import llama3_args
+from torchtitan.protocols.model_converter import _registry_model_converter_cls
 
 LOG = """[rank0]:[titan] 2026-01-01 00:00:10,000 - root - INFO - Training starts at step 1
 [rank1]:[titan] 2026-01-01 00:00:11,000 - root - INFO - step:  1  loss:  8.00000  grad_norm:  1.0000  memory:  1.00GiB(1%)  tps: 10
@@ -68,6 +77,34 @@ def test_settings_of_ours_reach_ours_alone() -> None:
     assert not any(
         word.startswith("--compile.") for word in runs.overrides_of(Arm("debug", "bf16"), parse(), Path("run"))
     )
+
+
+@pytest.mark.parametrize("converter", runs.CONVERTERS)
+def test_torchtitan_reads_every_converters_command_line(converter: str) -> None:
+    words = runs.overrides_of(Arm("debug", converter, checkpointing="2"), parse("--compile"), Path("run"))
+    config = ConfigManager().parse_args([f"--job.config_file={runs.config_path('debug')}", *words])
+    name, _, saved = converter.partition("+")
+    assert len(config.model.converters) == (converter != "bf16") + (saved == "saved")
+    assert config.compile.enable and config.activation_checkpoint.selective_ac_option == "2"
+    assert config.quantize.linear.float8.enable_fsdp_float8_all_gather == (name == "float8_tensorwise")
+
+
+def test_variants_register_peers_and_cut_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing of it stays for the tests after this one, the CPU's stand-ins least of all.
+    monkeypatch.setitem(sys.modules, "blockfp8_titan.cpu", ModuleType("cpu"))
+    with (
+        patch.dict(sys.modules),
+        patch.dict(llama3_args),
+        patch.dict(_registry_model_converter_cls),
+        patch.object(parallelize, "_op_sac_save_list", set()) as saved,
+    ):
+        variants = importlib.import_module("variants")
+        assert (llama3_args["8B-3L"].n_layers, llama3_args["8B-3L"].dim) == (3, 4096)
+        assert llama3_args["debugmodel-5L"].n_layers == 5 and "debugmodel-6L" not in llama3_args
+        assert "torchao_blockwise" in _registry_model_converter_cls
+        config = SimpleNamespace(model=SimpleNamespace(name="llama3"))
+        variants.SaveScaledMM(config, None).convert(torch.nn.Linear(1, 1))
+    assert saved == {torch.ops.aten._scaled_mm.default}
 
 
 def test_models_are_cut_by_flavor(tmp_path: Path) -> None:
@@ -324,7 +361,7 @@ def test_profiles_stand_side_by_side(
         def train_arm(arm: Arm, args: Any, *, folder: Path, extra: list[str], **options: Any) -> list[Step]:
             assert "--profiling.profile_freq=12" in extra
             path = profile_step.trace_file(folder, args.steps)
-            path.parent.mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"traceEvents": trace if arm.converter == "bf16" else trace[:1]}))
             return train(arm, args, folder=folder, **options)
 
@@ -332,6 +369,10 @@ def test_profiles_stand_side_by_side(
 
     monkeypatch.setattr(profile_step, "train_arm", with_trace(profile_step.train_arm))
     command = ["debug", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    assert profile_step.main(command) == (1 if torch.cuda.device_count() else 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(profile_step, "provenance", lambda: {"date": "", "commit": "", "versions": {}, "hardware": {}})
+    capsys.readouterr()
     assert profile_step.main(command) == 1  # blockwise_fp8's trace has no kernel
     assert "no kernel ran on a GPU" in capsys.readouterr().err
     result = json.loads((tmp_path / "profile.json").read_text())
