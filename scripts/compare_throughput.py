@@ -19,6 +19,7 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -100,6 +101,7 @@ def key_of(arm: Arm, args: argparse.Namespace, code: str) -> str:
         "overrides": overrides_of(arm, args, Path("RUN")),
         "nproc": args.nproc,
         "skip": args.skip,
+        "cold": args.cold,
         "code": code,
         "versions": versions(),
         "gpus": hardware().get("gpus"),
@@ -228,7 +230,7 @@ def report(result: dict[str, Any]) -> str:
             f"settings of all runs: {settings}.",
             "Medians over rounds, in which the runs take turns; × bf16 is the median of each round's ratio. Spread in a run is "
             "(90th - 10th percentile) / median of the steps' tokens/s. First step: from the start of training to the end of step 1, "
-            "compilation included.",
+            f"compilation included, {'with empty caches' if result['cold'] else 'with caches that earlier runs may have filled'}.",
             overview(result["summary"]),
         ]
     )
@@ -292,6 +294,11 @@ class Clock:
         return time.monotonic() + forecast < self.end
 
 
+def empty_caches(folder: str) -> dict[str, str]:
+    """The variables that give torch.compile and Triton caches of their own in this folder."""
+    return {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+
+
 def run_once(arm: Arm, number: int, key: str, here: str, args: argparse.Namespace, bar: tqdm) -> Run:
     """Train once; a failure is recorded, not raised."""
     folder = args.runs / args.name / arm.folder / f"round{number}"
@@ -308,7 +315,15 @@ def run_once(arm: Arm, number: int, key: str, here: str, args: argparse.Namespac
 
     bar.set_description(f"round {number}, {arm.name}")
     try:
-        steps = train_arm(arm, args, folder=folder, cache=args.runs / "cache", timeout=args.timeout, on_step=advance)
+        with tempfile.TemporaryDirectory() as caches:
+            steps = train_arm(
+                *(arm, args),
+                folder=folder,
+                cache=args.runs / "cache",
+                timeout=args.timeout,
+                environment=empty_caches(caches) if args.cold else {},
+                on_step=advance,
+            )
         if not measured(steps, args.skip):
             raise TrainingFailed(f"logged only {len(steps)} steps, none of them after the first {args.skip}")
         speed = speed_of(steps, args.skip, step_times(folder / "log.txt").get(1), startup[0])
@@ -356,6 +371,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_arguments(parser, steps=20)
     parser.add_argument("--skip", type=int, default=5, help="first steps left out of tokens/s (default: %(default)s)")
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="empty compile caches for every run, to compare first steps (default: shared)",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="begin no run that would not end by then (default: no limit)"
@@ -400,6 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **provenance(),
             **{"configs": args.configs, "layers": args.layers, "compile": args.compile, "settings": args.set},
             **{"nproc": args.nproc, "steps": args.steps, "skip": args.skip, "log_freq": args.log_freq},
+            **{"cold": args.cold},
             "overrides": {f"{arm.group}/{arm.name}": overrides_of(arm, args, Path(arm.folder))[1:] for arm in arms},
             "summary": summarise(runs, arms),
             "runs": [asdict(run) for run in runs],

@@ -3,9 +3,10 @@
 import argparse
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import tomli
 import torch
@@ -182,10 +183,14 @@ def train_arm(
     cache: Path,
     timeout: float,
     extra: Sequence[str] = (),
+    environment: Mapping[str, str] = MappingProxyType({}),
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> list[Step]:
     """Train an arm; its log is FOLDER/log.txt.
 
+    Args:
+        extra: more overrides, after all others.
+        environment: variables to set for the processes.
     Raises:
         TrainingFailed: see `launch.train`.
     """
@@ -198,6 +203,6 @@ def train_arm(
         log=folder / "log.txt",
         timeout=timeout,
         cache=cache,
-        environment={"PYTHONPATH": path},
+        environment={"PYTHONPATH": path, **environment},
         on_step=on_step,
     )

@@ -217,7 +217,7 @@ def test_whole_rounds_of_another_machine_and_single_runs_of_this_one_are_kept() 
 def test_a_key_tells_what_changes_the_work() -> None:
     def key(arm: Arm = ARMS[1], code: str = "a", *arguments: str) -> str:
         args = parse(*arguments)
-        args.skip = 5
+        args.skip, args.cold = 5, False
         return compare.key_of(arm, args, code)
 
     assert key() == key()
@@ -320,6 +320,22 @@ def test_an_arm_that_fails_fails_once_and_the_others_go_on(trained: list[str], t
     trained.clear()
     assert compare.main([*command, "--checkpointing", "op", "full"]) == 1
     assert trained == ["bf16", "blockwise_fp8"]
+
+
+def test_cold_runs_share_no_cache(monkeypatch: pytest.MonkeyPatch, trained: list[str], tmp_path: Path) -> None:
+    seen: list[dict[str, str]] = []
+
+    def train_arm(arm: Arm, args: Any, *, environment: dict[str, str], **options: Any) -> list[Step]:
+        seen.append(environment)
+        return fake(arm, args, **options)
+
+    fake = compare.train_arm
+    monkeypatch.setattr(compare, "train_arm", train_arm)
+    command = ["debug", "--steps", "8", "--out", str(tmp_path), "--runs", str(tmp_path / "runs"), "--rounds", "1"]
+    assert compare.main(command) == 0 and seen == [{}, {}]
+    assert compare.main([*command, "--cold"]) == 0
+    assert len({folder for environment in seen[2:] for folder in environment.values()}) == 4
+    assert "with empty caches" in (tmp_path / "throughput.md").read_text()
 
 
 def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture) -> None:
