@@ -190,7 +190,7 @@ def convert_model(
         if row.action == "convert":
             linear = model.get_submodule(row.fqn)
             assert isinstance(linear, nn.Linear) and row.recipe is not None
-            swaps[linear] = BlockwiseFP8Linear.from_linear(linear, row.recipe)
+            swaps[linear] = BlockwiseFP8Linear.from_linear(linear, row.recipe, row.fqn)
     for parent in list(model.modules()):
         # Not named_children(), which shows a child held under two names once.
         for name, child in list(parent._modules.items()):

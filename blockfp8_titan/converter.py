@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch.torch_version import TorchVersion
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model_converter import _registry_model_converter_cls, register_model_converter
@@ -15,11 +16,15 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from .config import BlockwiseFP8
-from .conversion import convert_model
+from .conversion import ConversionReport, convert_model
+from .formats import BLOCK
 from .ops.backend import describe_gemm_backend
 
 NAME = "blockwise_fp8"
 REPORT_FILE = "blockwise_fp8_conversion.json"
+
+FIRST_TORCH_WITHOUT_COMPILED_TP = "2.12"
+"""Compiled blocks under tensor parallelism fail in backward from here on; tried up to 2.13 (tests/test_sharding.py tries again)."""
 
 # torchtitan's own are "quantize.linear.float8", "quantize.grouped_mm.mx" and their like.
 _OTHER_QUANTISER = re.compile(r"quanti[sz]|float[48]|fp[48]|int[48]|(^|[._])mx")
@@ -34,7 +39,8 @@ def check_job(job_config: JobConfig, tensor_parallel_degree: int) -> None:
     """Refuse what blockwise fp8 cannot run beside.
 
     Raises:
-        ValueError: another quantising converter, or tensor parallelism; with the way out.
+        ValueError: another quantising converter; tensor parallelism that is compiled on a torch where that fails, or asynchronous;
+            with the way out.
     """
     for other in job_config.model.converters:
         if other != NAME and _OTHER_QUANTISER.search(other):
@@ -43,9 +49,23 @@ def check_job(job_config: JobConfig, tensor_parallel_degree: int) -> None:
                 "which quantises too; keep one of the two"
             )
     if tensor_parallel_degree > 1:
+        check_tensor_parallel_job(job_config, tensor_parallel_degree)
+
+
+def check_tensor_parallel_job(job_config: JobConfig, degree: int) -> None:
+    """Raises ValueError, with the way out, for what cannot run under tensor parallelism."""
+    asked = f"parallelism.tensor_parallel_degree = {degree}"
+    if job_config.parallelism.enable_async_tensor_parallel:
         raise ValueError(
-            f"parallelism.tensor_parallel_degree = {tensor_parallel_degree}: blockwise fp8 needs 1, its ops have no sharding rules "
-            f"for tensor parallelism yet; shard with FSDP or pipeline parallelism, or remove {NAME!r} from model.converters"
+            f"{asked} with enable_async_tensor_parallel = true: that pipelines the collectives of bf16 GEMMs and knows none "
+            "of blockwise fp8; set parallelism.enable_async_tensor_parallel = false"
+        )
+    compiles_blocks = job_config.compile.enable and "model" in job_config.compile.components
+    if compiles_blocks and TorchVersion(torch.__version__) >= FIRST_TORCH_WITHOUT_COMPILED_TP:
+        raise ValueError(
+            f"{asked} with compile.enable = true and 'model' in compile.components: compiled blocks under tensor parallelism fail in "
+            f"backward with torch {torch.__version__}, in bf16 too ('Tensor' object has no attribute '_local_tensor'); use torch 2.11, "
+            "set compile.components = ['loss'], or shard with FSDP alone"
         )
 
 
@@ -60,12 +80,24 @@ def notes_on(job_config: JobConfig, fsdp: bool) -> list[str]:
     return []
 
 
+def note_on_tensor_parallelism(report: ConversionReport, degree: int) -> list[str]:
+    """Which Linears have other blocks than on one GPU where tensor parallelism of this degree splits them."""
+    fqns = [row.fqn for row in report.rows if row.in_fp8 and any(size % (degree * BLOCK) for size in row.shape)]
+    if degree == 1 or not fqns:
+        return []
+    return [
+        f"tensor parallelism splits Linears over {degree} ranks and blocks of {BLOCK} begin anew at the edge of each shard: for "
+        f"{len(fqns)} Linears ({fqns[0]} …) out_features / {degree} or in_features / {degree} is no multiple of {BLOCK}, and splitting "
+        "that dimension gives other blocks than one GPU has"
+    ]
+
+
 class BlockwiseFP8Converter:
     """torchtitan's `ModelConverter` for blockwise fp8. Keeps no module: pipeline parallelism copies the model after conversion.
 
     Raises:
         ValueError: [blockwise_fp8] or its rules_file is wrong, the device cannot run a backend asked for, or the job has another
-            quantising converter or tensor parallelism.
+            quantising converter or a tensor parallelism that cannot run (see `check_job`).
     """
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
@@ -73,6 +105,7 @@ class BlockwiseFP8Converter:
         self.job_config = job_config
         self.section = section_of(job_config)
         self.rules = self.section.all_rules()
+        self.tensor_parallel_degree = parallel_dims.tp
         self.notes = notes_on(job_config, parallel_dims.fsdp_enabled)
         device = torch.device(utils.device_type)
         try:
@@ -96,7 +129,7 @@ class BlockwiseFP8Converter:
             report = convert_model(model, self.rules, recipe=self.section.recipe())
         except ValueError as error:
             raise ValueError(f"[{NAME}] {error}") from error
-        report = report.with_notes(*self.notes)
+        report = report.with_notes(*self.notes, *note_on_tensor_parallelism(report, self.tensor_parallel_degree))
         save_fp8_gemms_under_selective_checkpointing(self.job_config.model.name)
         if _rank() == 0:
             name, flavor = self.job_config.model.name, self.job_config.model.flavor

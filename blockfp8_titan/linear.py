@@ -3,10 +3,12 @@
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .autograd import blockwise_fp8_matmul
 from .formats import ALIGNMENT
 from .recipe import Recipe
+from .sharding import check_weight_shards, sharded_matmul
 
 
 class BlockwiseFP8Linear(nn.Linear):
@@ -24,9 +26,13 @@ class BlockwiseFP8Linear(nn.Linear):
         dtype: of the parameters: bf16 or fp32.
     Shape:
         [..., K] bf16 or fp32, any number of tokens from 0 up -> [..., N] in autocast's dtype where it is on, else the input's.
+        DTensors, as tensor parallelism makes them, are placed as `sharding` says.
     Raises:
         ValueError: names the argument, its value and the requirement.
     """
+
+    fqn: str = ""
+    """Its name in the model that it was converted in; for error messages."""
 
     def __init__(
         self,
@@ -43,9 +49,12 @@ class BlockwiseFP8Linear(nn.Linear):
         self.recipe = recipe
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, recipe: Recipe = Recipe()) -> "BlockwiseFP8Linear":
+    def from_linear(cls, linear: nn.Linear, recipe: Recipe = Recipe(), fqn: str = "") -> "BlockwiseFP8Linear":
         """A blockwise-fp8 twin of a linear: it shares the parameters and takes over hooks and mode; any device, meta included.
 
+        Args:
+            recipe: numerics and backend.
+            fqn: its name in the model, for error messages.
         Raises:
             ValueError: in_features or out_features is not a positive multiple of 16.
         """
@@ -56,10 +65,22 @@ class BlockwiseFP8Linear(nn.Linear):
             name: value.copy() if isinstance(value, dict) else value for name, value in vars(linear).items()
         }
         twin.recipe = recipe
+        twin.fqn = fqn
         return twin
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's. Tensor parallelism puts its sharded weight in place with this, at start-up.
+
+        Raises:
+            ValueError: param is a weight sharded into sizes that fp8 GEMMs cannot take; see `sharding.check_weight_shards`.
+        """
+        if name == "weight" and isinstance(param, DTensor):
+            check_weight_shards(param, self.fqn)
+        super().register_parameter(name, param)
+
     def forward(self, input: Tensor) -> Tensor:
-        output = blockwise_fp8_matmul(input, self.weight, self.recipe)
+        matmul = sharded_matmul if isinstance(self.weight, DTensor) else blockwise_fp8_matmul
+        output = matmul(input, self.weight, self.recipe)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def extra_repr(self) -> str:

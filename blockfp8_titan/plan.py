@@ -18,7 +18,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
 from .conversion import ConversionReport, plan_conversion
-from .converter import NAME, check_job, notes_on, section_of
+from .converter import NAME, check_job, note_on_tensor_parallelism, notes_on, section_of
 from .shards import Sharding, simulate
 
 
@@ -51,12 +51,13 @@ def plan(job_config: JobConfig, model: nn.Module) -> ConversionReport:
             f"add it there or with --model.converters={NAME}"
         )
     parallelism = job_config.parallelism
-    check_job(job_config, parallelism.tensor_parallel_degree)
+    degree = parallelism.tensor_parallel_degree
+    check_job(job_config, degree)
     section = section_of(job_config)
     report = plan_conversion(model, section.all_rules(), recipe=section.recipe())
     # The number of ranks is not known here: -1 shards over all that there are.
     fsdp = parallelism.data_parallel_shard_degree != 1 or parallelism.context_parallel_degree > 1
-    return report.with_notes(*notes_on(job_config, fsdp))
+    return report.with_notes(*notes_on(job_config, fsdp), *note_on_tensor_parallelism(report, degree))
 
 
 def build_on_meta(job_config: JobConfig) -> nn.Module:
