@@ -27,7 +27,7 @@ VALIDATION = re.compile(r"validate step:\s*(?P<step>\d+)\s+loss:\s*(?P<loss>\S+)
 
 @dataclass(frozen=True)
 class Step:
-    """One step as torchtitan's rank 0 logged it.
+    """One step as torchtitan logged it.
 
     loss has 5 decimals, grad_norm 4; memory is the peak of a process in GiB; tps are tokens per second and process.
     """
@@ -43,10 +43,10 @@ class TrainingFailed(RuntimeError):
     """The run ended with an error or ran past its time; the message holds the log's tail."""
 
 
-def parse_step(line: str) -> Step | None:
-    """The step that a line of rank 0's log reports, or None."""
+def parse_step(line: str, rank: int = 0) -> Step | None:
+    """The step that a line of this rank's log reports, or None."""
     match = STEP.search(line)
-    if match is None or not line.startswith("[rank0]:"):
+    if match is None or not line.startswith(f"[rank{rank}]:"):
         return None
     number = {name: float(text.replace(",", "")) for name, text in match.groupdict().items()}
     return Step(int(number["step"]), number["loss"], number["grad_norm"], number["memory"], number["tps"])
@@ -75,6 +75,7 @@ def train(
     timeout: float,
     cache: Path,
     environment: Mapping[str, str] = MappingProxyType({}),
+    rank: int = 0,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> list[Step]:
     """Train with ``torchrun -m torchtitan.train`` on this machine and return the logged steps.
@@ -87,6 +88,7 @@ def train(
         timeout: seconds until the run is stopped.
         cache: folder for the data set's prepared form.
         environment: variables to set for the processes.
+        rank: whose steps are returned; under pipeline parallelism only ranks of the last stage know the loss.
         on_step: called with each step as it is logged.
     Raises:
         TrainingFailed: the exit status is not 0, or the time is over.
@@ -120,7 +122,7 @@ def train(
             for line in process.stdout:
                 out.write(line)
                 out.flush()
-                if (step := parse_step(line)) is not None:
+                if (step := parse_step(line, rank)) is not None:
                     steps.append(step)
                     on_step(step)
         status = process.wait()

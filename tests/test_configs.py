@@ -48,7 +48,7 @@ def test_there_are_configs():
 def test_a_job_config_loads(path):
     job = load(path)
     assert job.model.converters == (["blockwise_fp8"] if path in FP8_JOBS else [])
-    assert job.parallelism.tensor_parallel_degree == 1
+    assert job.parallelism.tensor_parallel_degree == (8 if job.model.flavor == "70B" else 1)
 
 
 @pytest.mark.parametrize("path", FP8_JOBS, ids=lambda path: path.stem)

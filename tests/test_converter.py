@@ -4,9 +4,12 @@ import dataclasses
 import importlib
 import json
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3.infra import parallelize
@@ -145,9 +148,55 @@ def test_listed_twice_is_refused(job):
         convert(job)
 
 
-def test_tensor_parallelism_is_refused_with_the_way_out(job):
-    with pytest.raises(ValueError, match=r"tensor_parallel_degree = 2: .* no sharding rules .* shard with FSDP"):
+@pytest.mark.parametrize(
+    ("torch_version", "enable", "components", "refused"),
+    [
+        ("2.11.0+cu130", True, ["model", "loss"], False),
+        ("2.12.0", True, ["model", "loss"], True),
+        ("2.13.1", True, ["model"], True),
+        ("2.13.1", True, ["loss"], False),
+        ("2.13.1", False, ["model"], False),
+    ],
+)
+def test_compiled_tensor_parallelism_is_refused_where_torch_fails(
+    job, monkeypatch, torch_version, enable, components, refused
+):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    job.compile.enable, job.compile.components = enable, components
+    converter.BlockwiseFP8Converter(job, dims())
+    way_out = r"tensor_parallel_degree = 2 with compile.enable = true .* torch 2\.1[23].* use torch 2\.11"
+    with pytest.raises(ValueError, match=way_out) if refused else nullcontext():
         converter.BlockwiseFP8Converter(job, dims(2, tp=2))
+
+
+def test_asynchronous_tensor_parallelism_is_refused(job):
+    job.parallelism.enable_async_tensor_parallel = True
+    with pytest.raises(ValueError, match=r"set parallelism.enable_async_tensor_parallel = false"):
+        converter.BlockwiseFP8Converter(job, dims(2, tp=2))
+
+
+@pytest.mark.parametrize(("degree", "noted"), [(1, 0), (2, 0), (4, 42)])
+def test_blocks_unlike_those_of_one_gpu_are_noted(job, tmp_path, degree, noted):
+    """256 and 768 features: halves end with a block, quarters do not."""
+    convert(job, dims(degree, tp=degree))
+    notes = json.loads((tmp_path / "run" / "blockwise_fp8_conversion.json").read_text())["notes"]
+    assert len(notes) == bool(noted)
+    assert not noted or f"for {noted} Linears (layers.0.attention.wq …) out_features / 4 or in_features / 4" in notes[0]
+
+
+def test_torchtitans_plan_refuses_a_layer_that_does_not_split(job):
+    """Named by its FQN, before any weight has memory."""
+    parallel_dims = dims(32, tp=32)
+    job.training.seq_len = 64
+    model = convert(job, parallel_dims)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=32)
+    try:
+        with pytest.raises(
+            ValueError, match=r"^layers\.0\.attention\.wq: out_features = 256 split over 32 ranks is 8 on each"
+        ):
+            parallelize.parallelize_llama(model, parallel_dims, job)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_backend_that_the_device_cannot_run_is_refused(job):

@@ -61,13 +61,21 @@ def test_sharding_over_ranks(tmp_path, capsys):
     assert "bfloat16" in (out := capsys.readouterr().out) and "fallbacks: 42" in out
 
 
+def test_blocks_unlike_those_of_one_gpu_are_noted(capsys):
+    assert main([DEBUG, "--parallelism.tensor_parallel_degree=4"]) == 0
+    assert "note: tensor parallelism splits Linears over 4 ranks" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--job.config_file=no/such.toml"], "no/such.toml"),
         ([f"--job.config_file={CONFIGS / 'debug_bf16.toml'}"], "has no 'blockwise_fp8', so this job converts nothing"),
         ([DEBUG, "--blockwise_fp8.rules_file=no"], "[blockwise_fp8] rules_file = 'no': no such file"),
-        ([DEBUG, "--parallelism.tensor_parallel_degree=2"], "tensor_parallel_degree = 2"),
+        (
+            [DEBUG, "--parallelism.tensor_parallel_degree=2", "--parallelism.enable_async_tensor_parallel"],
+            "set parallelism.enable_async_tensor_parallel = false",
+        ),
         ([DEBUG, "--model.converters=blockwise_fp8,quantize.linear.mx"], "cannot run beside 'quantize.linear.mx'"),
         ([DEBUG, "--model.flavor=9B"], "model.flavor = '9B': llama3 has debugmodel, "),
         ([DEBUG, "--model.name=llama9"], "llama9"),
@@ -94,7 +102,7 @@ def test_a_config_that_is_no_toml(tmp_path, capsys):
 
 
 def test_as_a_command():
-    command = [sys.executable, "-m", "blockfp8_titan.plan", DEBUG, "--parallelism.tensor_parallel_degree=2"]
+    command = [sys.executable, "-m", "blockfp8_titan.plan", DEBUG, "--blockwise_fp8.rules_file=no"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stdout == ""

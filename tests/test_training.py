@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import launch
@@ -12,11 +13,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from blockfp8_titan import reference
+from torch.torch_version import TorchVersion
+
+from blockfp8_titan.converter import FIRST_TORCH_WITHOUT_COMPILED_TP
 
 from .conftest import Run, Train
 from .data import bits
 
 STEPS = 6
+COMPILED_TP_WORKS = TorchVersion(torch.__version__) < FIRST_TORCH_WITHOUT_COMPILED_TP
 FULL_CHECKPOINTS = ("--checkpoint.enable", "--checkpoint.interval=3", "--checkpoint.no_last_save_model_only")
 
 
@@ -164,24 +169,114 @@ def test_a_checkpoint_of_two_processes_is_exported(fp8: Run, corpus: Path, tmp_p
 
 def test_one_process_with_validation(train: Train, corpus: Path) -> None:
     alone = train(
+@pytest.fixture(scope="module")
+def alone(train: Train, corpus: Path) -> Run:
+    validation = ("enable", "dataset=c4_test", f"dataset_path={corpus / 'corpus'}", "seq_len=64", "freq=4", "steps=2")
+    return train(
         "debug_blockwise_fp8",
-        "--validation.enable",
-        "--validation.dataset=c4_test",
-        f"--validation.dataset_path={corpus / 'corpus'}",
-        "--validation.seq_len=64",
-        "--validation.freq=4",
-        "--validation.steps=2",
+        "--checkpoint.enable",
+        "--checkpoint.interval=2",
+        "--checkpoint.no_last_save_model_only",
+        *(f"--validation.{key}" for key in validation),
         steps=4,
         nproc=1,
     )
+
+
+def test_one_process_with_validation(alone: Run) -> None:
     assert alone.losses[-1] < alone.losses[0] - 0.5
     assert launch.validation_losses(alone.log)[4] < alone.losses[0] - 0.5
 
 
+@dataclass(frozen=True)
+class Composition:
+    """A run that goes on from another's checkpoint, on more processes and sharded in another way."""
+
+    overrides: tuple[str, ...]
+    nproc: int
+    after: str
+    """The fixture of the run that it continues, of as many data-parallel ranks."""
+    step: int
+    """After which step of that run."""
+    says: str
+    """In the log, where the parallelism is on."""
+    rank: int = 0
+    """Whose log has the loss."""
+
+
+TENSOR = ("--parallelism.tensor_parallel_degree=2",)
+PIPELINE = ("--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_schedule=1F1B")
+CONTEXT = ("--parallelism.context_parallel_degree=2",)
+FULL_AC = ("--activation_checkpoint.mode=full",)
+COMPILED = ("--compile.enable", "--compile.components=model")
+OFFLOAD = ("--training.enable_cpu_offload",)
+
+COMPOSITIONS = {
+    "TP": Composition(TENSOR, 2, "alone", 2, "Applied Tensor Parallelism"),
+    "PP": Composition(PIPELINE, 2, "alone", 2, "pp=2", rank=1),
+    "FSDP2 x TP, full AC": Composition((*TENSOR, *FULL_AC), 4, "fp8", 3, "Applied Tensor Parallelism"),
+}
+GPU_COMPOSITIONS = {
+    "TP": Composition(TENSOR, 2, "alone_on_gpu", 3, "Applied Tensor Parallelism"),
+    "TP, compiled": Composition((*TENSOR, *COMPILED), 2, "alone_on_gpu", 3, "Compiling each TransformerBlock"),
+    "PP": Composition(PIPELINE, 2, "alone_on_gpu", 3, "pp=2", rank=1),
+    "CP": Composition(CONTEXT, 2, "alone_on_gpu", 3, "Applied Context Parallel"),
+    "CPU offload": Composition(OFFLOAD, 2, "fp8_on_gpus", 3, "Applied CPU Offloading"),
+}
+
+
+def go_on(train: Train, before: Run, composition: Composition, device: str) -> Run:
+    run = train(
+        "debug_blockwise_fp8",
+        "--checkpoint.enable",
+        f"--checkpoint.initial_load_path={before.checkpoint(composition.step)}",
+        "--checkpoint.no_initial_load_model_only",
+        *composition.overrides,
+        steps=composition.step + 2,
+        nproc=composition.nproc,
+        rank=composition.rank,
+        device=device,
+    )
+    assert composition.says in run.log.read_text()
+    assert [step.step for step in run.steps] == [composition.step + 1, composition.step + 2]
+    return run
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS.values(), ids=COMPOSITIONS)
+def test_a_composition_goes_on_as_the_run_before(
+    train: Train, request: pytest.FixtureRequest, composition: Composition
+) -> None:
+    before: Run = request.getfixturevalue(composition.after)
+    run = go_on(train, before, composition, "cpu")
+    # Sums in another order; and TP or PP alone, which know no mixed precision, are fp32 where the other run has bf16.
+    assert all(abs(x / y - 1) < 5e-4 for x, y in zip(run.losses, before.losses[composition.step :], strict=False))
+
+
+@pytest.fixture(scope="module")
+def alone_on_gpu(train: Train) -> Run:
+    return train("debug_blockwise_fp8", *FULL_CHECKPOINTS, steps=STEPS, nproc=1, device="cuda")
+
+
+@pytest.fixture(scope="module")
+def fp8_on_gpus(train: Train) -> Run:
+    return train("debug_blockwise_fp8", *FULL_CHECKPOINTS, steps=STEPS, device="cuda")
+
+
 @pytest.mark.gpus(2)
-def test_fp8_trains_as_bf16_does_on_gpus(train: Train) -> None:
+def test_fp8_trains_as_bf16_does_on_gpus(train: Train, fp8_on_gpus: Run) -> None:
     bf16 = train("debug_bf16", steps=STEPS, device="cuda")
-    fp8 = train("debug_blockwise_fp8", steps=STEPS, device="cuda")
-    assert fp8.losses[-1] < fp8.losses[0] - 0.5
-    assert fp8.losses != bf16.losses
-    assert largest_gap(fp8, bf16) < 0.005
+    assert fp8_on_gpus.losses[-1] < fp8_on_gpus.losses[0] - 0.5
+    assert fp8_on_gpus.losses != bf16.losses
+    assert largest_gap(fp8_on_gpus, bf16) < 0.005
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("composition", GPU_COMPOSITIONS.values(), ids=GPU_COMPOSITIONS)
+def test_a_composition_goes_on_as_the_run_before_on_gpus(
+    train: Train, request: pytest.FixtureRequest, composition: Composition
+) -> None:
+    if set(TENSOR + COMPILED) <= set(composition.overrides) and not COMPILED_TP_WORKS:
+        pytest.skip(f"torch {torch.__version__} cannot compile under tensor parallelism: the converter refuses it")
+    before: Run = request.getfixturevalue(composition.after)
+    run = go_on(train, before, composition, "cuda")
+    assert all(abs(x / y - 1) < 0.005 for x, y in zip(run.losses, before.losses[composition.step :], strict=False))
