@@ -125,6 +125,13 @@ def check_in_process(rank: int, store: str) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=120)
     )
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rest", "tp"))["tp"]
+    if rank < mesh.size():
+        check_linears(mesh)
+    check_models(rank)
+    dist.destroy_process_group()
+
+
+def check_linears(mesh: DeviceMesh) -> None:
     block = Recipe(wgrad="fp8_block")
     for tokens, recipe in (((), Recipe()), ((0,), block), ((1,), block), ((7,), BF16_DW), ((2, 129), Recipe())):
         for style in (ColwiseParallel, RowwiseParallel):
@@ -135,8 +142,6 @@ def check_in_process(rank: int, store: str) -> None:
     check_frozen(mesh)
     check_compiled_linear(mesh)
     check_that_compiled_blocks_fail_without_fp8(mesh)
-    check_models(rank)
-    dist.destroy_process_group()
 
 
 def twins(in_features: int, out_features: int, recipe: Recipe = Recipe(), bias: bool = False):
@@ -276,7 +281,6 @@ def check_that_compiled_blocks_fail_without_fp8(mesh: DeviceMesh) -> None:
 
 
 DEGREES = {
-    "fsdp": {"dp_shard": 4},
     "hsdp": {"dp_replicate": 2, "dp_shard": 2},
     "tp": {"tp": 4},
     "fsdp x tp": {"dp_shard": 2, "tp": 2},
@@ -285,16 +289,17 @@ DEGREES = {
 
 def check_models(rank: int) -> None:
     """Loss and gradients of a small converted Llama, as torchtitan parallelises it, beside those of one process."""
-    args = dataclasses.replace(llama3_args["debugmodel"], n_layers=2, dim=512, vocab_size=512, multiple_of=512)
+    args = dataclasses.replace(llama3_args["debugmodel"], n_layers=1, dim=512, vocab_size=512, multiple_of=512)
     job = JobConfig()
     job.training.mixed_precision_param = "float32"
-    job.training.seq_len = 16
+    job.training.seq_len = 128  # dw's groups of 128 tokens are a sequence, on however many ranks
     job.activation_checkpoint.mode = "none"
     torch.manual_seed(0)
     whole = Transformer(args)
-    whole.init_weights()
+    with torch.no_grad():
+        whole.init_weights()
     convert_model(whole)
-    tokens, labels = torch.randint(args.vocab_size, (2, RANKS, 16))
+    tokens, labels = torch.randint(args.vocab_size, (2, RANKS, 128))
     expected = F.cross_entropy(whole(tokens).flatten(0, 1), labels.flatten())
     expected.backward()
 
@@ -307,7 +312,8 @@ def check_models(rank: int) -> None:
         convert_model(model)
         model = parallelize_llama(model, dims, job)
         model.to_empty(device="cpu")
-        model.init_weights(buffer_device="cpu")
+        with torch.no_grad():
+            model.init_weights(buffer_device="cpu")
         set_model_state_dict(model, whole.state_dict(), options=StateDictOptions(full_state_dict=True))
         ways = dims.dp_replicate * dims.dp_shard
         batch = slice(rank // dims.tp * RANKS // ways, (rank // dims.tp + 1) * RANKS // ways)
@@ -319,6 +325,5 @@ def check_models(rank: int) -> None:
         dist.all_reduce(loss)
         assert torch.allclose(loss / dims.tp, expected, rtol=1e-4), (name, loss / dims.tp, expected)
         for (fqn, a), b in zip(whole.named_parameters(), model.parameters(), strict=True):
-            noise = sqnr(a.grad, b.grad.full_tensor())
-            print(rank, name, fqn, noise, flush=True)
-            assert noise > 30.0, (name, fqn, noise)
+            # Under tensor parallelism another order of sums moves an activation across a rounding boundary now and then.
+            assert sqnr(a.grad, b.grad.full_tensor()) > (40.0 if dims.tp_enabled else 100.0), (name, fqn)
