@@ -212,9 +212,9 @@ COMPILED = ("--compile.enable", "--compile.components=model")
 OFFLOAD = ("--training.enable_cpu_offload",)
 
 COMPOSITIONS = {
-    "TP": Composition(TENSOR, 2, "alone", 2, "Applied Tensor Parallelism"),
+    "TP, full AC": Composition((*TENSOR, *FULL_AC), 2, "alone", 2, "Applied Tensor Parallelism"),
     "PP": Composition(PIPELINE, 2, "alone", 2, "pp=2", rank=1),
-    "FSDP2 x TP, full AC": Composition((*TENSOR, *FULL_AC), 4, "fp8", 3, "Applied Tensor Parallelism"),
+    "FSDP2 x TP": Composition(TENSOR, 4, "fp8", 3, "Applied Tensor Parallelism"),
 }
 GPU_COMPOSITIONS = {
     "TP": Composition(TENSOR, 2, "alone_on_gpu", 3, "Applied Tensor Parallelism"),
