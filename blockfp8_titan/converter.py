@@ -24,7 +24,7 @@ NAME = "blockwise_fp8"
 REPORT_FILE = "blockwise_fp8_conversion.json"
 
 FIRST_TORCH_WITHOUT_COMPILED_TP = "2.12"
-"""Compiled blocks under tensor parallelism fail in backward from here on; tried up to 2.13 (tests/test_sharding.py tries again)."""
+"""Compiled blocks under tensor parallelism fail in backward from here on; tried up to 2.13 (tests/test_tensor_parallel.py tries again)."""
 
 # torchtitan's own are "quantize.linear.float8", "quantize.grouped_mm.mx" and their like.
 _OTHER_QUANTISER = re.compile(r"quanti[sz]|float[48]|fp[48]|int[48]|(^|[._])mx")

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from .autograd import blockwise_fp8_matmul
 from .formats import ALIGNMENT
 from .recipe import Recipe
-from .sharding import check_weight_shards, sharded_matmul
+from .tensor_parallel import check_weight_shards, sharded_matmul
 
 
 class BlockwiseFP8Linear(nn.Linear):
@@ -26,7 +26,7 @@ class BlockwiseFP8Linear(nn.Linear):
         dtype: of the parameters: bf16 or fp32.
     Shape:
         [..., K] bf16 or fp32, any number of tokens from 0 up -> [..., N] in autocast's dtype where it is on, else the input's.
-        DTensors, as tensor parallelism makes them, are placed as `sharding` says.
+        DTensors, as tensor parallelism makes them, are placed as `tensor_parallel` says.
     Raises:
         ValueError: names the argument, its value and the requirement.
     """
@@ -72,7 +72,7 @@ class BlockwiseFP8Linear(nn.Linear):
         """As nn.Module's. Tensor parallelism puts its sharded weight in place with this, at start-up.
 
         Raises:
-            ValueError: param is a weight sharded into sizes that fp8 GEMMs cannot take; see `sharding.check_weight_shards`.
+            ValueError: param is a weight sharded into sizes that fp8 GEMMs cannot take; see `tensor_parallel.check_weight_shards`.
         """
         if name == "weight" and isinstance(param, DTensor):
             check_weight_shards(param, self.fqn)

@@ -27,7 +27,7 @@ VALIDATION = re.compile(r"validate step:\s*(?P<step>\d+)\s+loss:\s*(?P<loss>\S+)
 
 @dataclass(frozen=True)
 class Step:
-    """One step as torchtitan logged it.
+    """One step as torchtitan's rank 0 logged it.
 
     loss has 5 decimals, grad_norm 4; memory is the peak of a process in GiB; tps are tokens per second and process.
     """
@@ -75,7 +75,6 @@ def train(
     timeout: float,
     cache: Path,
     environment: Mapping[str, str] = MappingProxyType({}),
-    rank: int = 0,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> list[Step]:
     """Train with ``torchrun -m torchtitan.train`` on this machine and return the logged steps.
@@ -88,7 +87,6 @@ def train(
         timeout: seconds until the run is stopped.
         cache: folder for the data set's prepared form.
         environment: variables to set for the processes.
-        rank: whose steps are returned; under pipeline parallelism only ranks of the last stage know the loss.
         on_step: called with each step as it is logged.
     Raises:
         TrainingFailed: the exit status is not 0, or the time is over.
@@ -122,7 +120,7 @@ def train(
             for line in process.stdout:
                 out.write(line)
                 out.flush()
-                if (step := parse_step(line, rank)) is not None:
+                if (step := parse_step(line)) is not None:
                     steps.append(step)
                     on_step(step)
         status = process.wait()

@@ -51,6 +51,11 @@ class Run:
     def losses(self) -> list[float]:
         return [step.loss for step in self.steps]
 
+    def losses_of(self, rank: int) -> list[float]:
+        """As this rank logged them: under pipeline parallelism only ranks of the last stage know the loss."""
+        lines = self.log.read_text().splitlines()
+        return [step.loss for line in lines if (step := launch.parse_step(line, rank))]
+
     @property
     def grad_norms(self) -> list[float]:
         return [step.grad_norm for step in self.steps]

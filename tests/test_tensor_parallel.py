@@ -1,7 +1,8 @@
-"""blockfp8_titan.sharding: placements, refusals at start-up, and sharded linears and models beside whole ones (4 Gloo processes)."""
+"""blockfp8_titan.tensor_parallel: placements, refusals at start-up, and sharded linears and models beside whole ones (4 Gloo processes)."""
 
 import contextlib
 import dataclasses
+import multiprocessing
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from torchtitan.models.llama3.infra.parallelize import parallelize_llama
 from blockfp8_titan import BlockwiseFP8Linear, Recipe, convert_model
 from blockfp8_titan.converter import FIRST_TORCH_WITHOUT_COMPILED_TP
 from blockfp8_titan.numerics import SQNR_FLOOR_DB, sqnr
-from blockfp8_titan.sharding import linear_placements
+from blockfp8_titan.tensor_parallel import linear_placements
 
 RANKS = 4
 SAME_BUT_FOR_SUMS = 90.0
@@ -114,7 +115,9 @@ def test_a_plain_input_and_a_sharded_weight_are_refused() -> None:
 
 
 def test_four_processes(tmp_path: Path) -> None:
-    mp.spawn(check_in_process, args=(str(tmp_path / "store"),), nprocs=RANKS)
+    # Processes forked from one that has done the imports, which take longer than the checks.
+    multiprocessing.set_forkserver_preload(["torch._inductor.compile_fx", "torchtitan.train"])
+    mp.start_processes(check_in_process, (str(tmp_path / "store"),), RANKS, start_method="forkserver")
 
 
 def check_in_process(rank: int, store: str) -> None:
