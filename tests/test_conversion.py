@@ -191,10 +191,10 @@ def test_a_bad_rule_leaves_the_model_as_it_was(model):
 def test_a_failure_while_making_the_twins_leaves_the_model_as_it_was(model, monkeypatch):
     from_linear = BlockwiseFP8Linear.from_linear
 
-    def fail_at_the_last(linear, recipe):
+    def fail_at_the_last(linear, recipe, fqn):
         if linear is model.layers[2].wo:
             raise ValueError("no")
-        return from_linear(linear, recipe)
+        return from_linear(linear, recipe, fqn)
 
     monkeypatch.setattr(BlockwiseFP8Linear, "from_linear", fail_at_the_last)
     with pytest.raises(ValueError, match="no"):
