@@ -1,5 +1,7 @@
 """BlockwiseFP8Linear: nn.Linear whose three GEMMs run in blockwise fp8."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from .autograd import blockwise_fp8_matmul
 from .formats import ALIGNMENT
 from .recipe import Recipe
+from .weight import WeightScales, gather_in_fp8, is_gathered_in_fp8, plain_shard
 
 
 class BlockwiseFP8Linear(nn.Linear):
@@ -27,6 +30,9 @@ class BlockwiseFP8Linear(nn.Linear):
     Raises:
         ValueError: names the argument, its value and the requirement.
     """
+
+    weight_scales: WeightScales | None = None
+    """Multipliers of a weight that FSDP2 gathers in fp8, from its first gather on."""
 
     def __init__(
         self,
@@ -61,6 +67,19 @@ class BlockwiseFP8Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         output = blockwise_fp8_matmul(input, self.weight, self.recipe)
         return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Hand out plain tensors: a checkpoint must load where this package is not installed."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}weight"] = plain_shard(destination[f"{prefix}weight"])
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the weight one that is gathered in fp8, also where `assign=True` replaces it by a plain tensor."""
+        gathered_in_fp8 = is_gathered_in_fp8(self.weight)
+        super()._load_from_state_dict(*args, **kwargs)
+        if gathered_in_fp8 and not is_gathered_in_fp8(self.weight):
+            gather_in_fp8(self, self.recipe.scale_format)
 
     def extra_repr(self) -> str:
         recipe = self.recipe

@@ -47,7 +47,7 @@ CASES = {
         quantize._amax_128x128_kernel,
         {"w_ptr": "*fp32", "bits_ptr": "*i32"},
         {},
-        {"num_warps": 8},
+        {"num_warps": 4},
     ),
     "quantize_rows": (quantize._quantize_rows_kernel, {"w_ptr": "*fp32"}, {}, {"num_warps": 8}),
     "transpose": (quantize._transpose_kernel, {"x_ptr": "*fp8e4nv", "xt_ptr": "*fp8e4nv"}, {}, {"num_warps": 8}),

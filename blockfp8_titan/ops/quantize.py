@@ -318,7 +318,7 @@ def _cuda_amax_128x128_(ws: Sequence[Tensor], first_rows: Sequence[int], amax_bi
         M, K = w.shape
         if M:
             args = (w, bits, M, K, w.stride(0), first_row)
-            launch(_amax_128x128_kernel, _shard_grid(first_row, M, K), args, num_warps=8)
+            launch(_amax_128x128_kernel, _shard_grid(first_row, M, K), args, num_warps=4)
 
 
 def _cuda_rows(w: Tensor, w_dq: Tensor, first_row: int, backend: str) -> Tensor:
