@@ -15,8 +15,9 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from .config import BlockwiseFP8
-from .conversion import convert_model
+from .conversion import convert_model, gather_weights_in_fp8
 from .ops.backend import describe_gemm_backend
+from .weight import refresh_scales
 
 NAME = "blockwise_fp8"
 REPORT_FILE = "blockwise_fp8_conversion.json"
@@ -49,17 +50,6 @@ def check_job(job_config: JobConfig, tensor_parallel_degree: int) -> None:
         )
 
 
-def notes_on(job_config: JobConfig, fsdp: bool) -> list[str]:
-    """What was asked for and is not done."""
-    if fsdp and section_of(job_config).fp8_all_gather:
-        dtype = job_config.training.mixed_precision_param
-        return [
-            f"weights are gathered in {dtype}: fp8_all_gather = true has no effect in this version, "
-            "each rank quantises the weights that FSDP gathered"
-        ]
-    return []
-
-
 class BlockwiseFP8Converter:
     """torchtitan's `ModelConverter` for blockwise fp8. Keeps no module: pipeline parallelism copies the model after conversion.
 
@@ -73,7 +63,7 @@ class BlockwiseFP8Converter:
         self.job_config = job_config
         self.section = section_of(job_config)
         self.rules = self.section.all_rules()
-        self.notes = notes_on(job_config, parallel_dims.fsdp_enabled)
+        self.fp8_all_gather = self.section.fp8_all_gather and parallel_dims.fsdp_enabled
         device = torch.device(utils.device_type)
         try:
             self.backend = describe_gemm_backend(self.section.gemm_backend, device)
@@ -96,7 +86,8 @@ class BlockwiseFP8Converter:
             report = convert_model(model, self.rules, recipe=self.section.recipe())
         except ValueError as error:
             raise ValueError(f"[{NAME}] {error}") from error
-        report = report.with_notes(*self.notes)
+        if self.fp8_all_gather:
+            report = gather_weights_in_fp8(model, report)
         save_fp8_gemms_under_selective_checkpointing(self.job_config.model.name)
         if _rank() == 0:
             name, flavor = self.job_config.model.name, self.job_config.model.flavor
@@ -107,7 +98,8 @@ class BlockwiseFP8Converter:
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Nothing to do: weights are quantised from their current values in each forward, no scale outlives a step."""
+        """Recompute the multipliers of weights that are gathered in fp8, all in one all-reduce."""
+        refresh_scales(*(model if isinstance(model, list) else [model]))
 
 
 def save_fp8_gemms_under_selective_checkpointing(model_name: str) -> None:

@@ -17,8 +17,8 @@ from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager, JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
-from .conversion import ConversionReport, plan_conversion
-from .converter import NAME, check_job, notes_on, section_of
+from .conversion import ConversionReport, gather_notes, gather_obstacles, plan_conversion
+from .converter import NAME, check_job, section_of
 from .shards import Sharding, simulate
 
 
@@ -56,7 +56,9 @@ def plan(job_config: JobConfig, model: nn.Module) -> ConversionReport:
     report = plan_conversion(model, section.all_rules(), recipe=section.recipe())
     # The number of ranks is not known here: -1 shards over all that there are.
     fsdp = parallelism.data_parallel_shard_degree != 1 or parallelism.context_parallel_degree > 1
-    return report.with_notes(*notes_on(job_config, fsdp))
+    if fsdp and section.fp8_all_gather:
+        report = report.with_notes(*gather_notes(gather_obstacles(model, report)))
+    return report
 
 
 def build_on_meta(job_config: JobConfig) -> nn.Module:
