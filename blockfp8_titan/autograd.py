@@ -88,13 +88,16 @@ class _BlockwiseFP8Matmul(torch.autograd.Function):
         return dx, dw, *([None] * 8)
 
 
-def blockwise_fp8_matmul(x: Tensor, w: Tensor, recipe: Recipe) -> Tensor:
+def blockwise_fp8_matmul(
+    x: Tensor, w: Tensor, recipe: Recipe, quantized: tuple[Tensor, Tensor, Tensor] | None = None
+) -> Tensor:
     """y = x w^T with all three GEMMs in blockwise fp8.
 
     Args:
         x: [..., K] bf16 or fp32.
         w: [N, K] bf16 or fp32; N % 16 == 0 and K % 16 == 0. A `GatheredFP8Weight` is used as it was quantised.
         recipe: numerics and backend.
+        quantized: w_q, w_dq and wt_q of `ops.quantize_128x128(w)` and `ops.transpose_fp8(w_q)`, where they are known.
     Returns:
         [..., N]: in autocast's dtype where autocast is on, else in x's. dx has x's dtype and dw has w's.
     Raises:
@@ -117,13 +120,15 @@ def blockwise_fp8_matmul(x: Tensor, w: Tensor, recipe: Recipe) -> Tensor:
                 f"autocast's dtype is {out_dtype}: a blockwise-fp8 linear computes bf16 or fp32; use autocast to bf16"
             )
     wants_dw = torch.is_grad_enabled() and w.requires_grad
-    w_q, w_dq = (w.w_q, w.w_dq) if isinstance(w, GatheredFP8Weight) else (None, None)
+    w_q, w_dq, wt_q = quantized or (None, None, None)
+    if isinstance(w, GatheredFP8Weight):
+        w_q, w_dq = w.w_q, w.w_dq
     y = _BlockwiseFP8Matmul.apply(
         x.reshape(-1, x.shape[-1]),
         w,
         w_q,
         w_dq,
-        None,
+        wt_q,
         out_dtype,
         wants_dw,
         recipe.gemm_backend,

@@ -58,6 +58,12 @@ class BlockwiseFP8:
     to training.mixed_precision_param.
     """
 
+    cache_weight: Boolean = True
+    """
+    Without FSDP2: keep quantised weights until the next optimizer step, at two bytes per element, instead of quantising them
+    in each forward and each backward. Pays with gradient accumulation or pipeline parallelism.
+    """
+
     rules_file: str = ""
     """
     A TOML file with [[rules]] (a path, relative to the working directory) or a preset's name; its rules stand before those
@@ -71,8 +77,9 @@ class BlockwiseFP8:
     """
 
     def __post_init__(self) -> None:
-        if not isinstance(self.fp8_all_gather, bool):
-            raise ValueError(f"[blockwise_fp8] fp8_all_gather = {self.fp8_all_gather!r}: must be true or false")
+        for name in ("fp8_all_gather", "cache_weight"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"[blockwise_fp8] {name} = {value!r}: must be true or false")
         if not isinstance(self.rules_file, str):
             raise ValueError(f"[blockwise_fp8] rules_file = {self.rules_file!r}: must be a path or a preset's name")
         if not isinstance(self.rules, list):

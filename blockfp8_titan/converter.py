@@ -17,7 +17,7 @@ from torchtitan.tools.logging import logger
 from .config import BlockwiseFP8
 from .conversion import convert_model, gather_weights_in_fp8
 from .ops.backend import describe_gemm_backend
-from .weight import refresh_scales
+from .weight import cache_weights, drop_cached_weights, refresh_scales
 
 NAME = "blockwise_fp8"
 REPORT_FILE = "blockwise_fp8_conversion.json"
@@ -64,6 +64,7 @@ class BlockwiseFP8Converter:
         self.section = section_of(job_config)
         self.rules = self.section.all_rules()
         self.fp8_all_gather = self.section.fp8_all_gather and parallel_dims.fsdp_enabled
+        self.cache_weight = self.section.cache_weight and not (parallel_dims.fsdp_enabled or parallel_dims.tp_enabled)
         device = torch.device(utils.device_type)
         try:
             self.backend = describe_gemm_backend(self.section.gemm_backend, device)
@@ -88,6 +89,8 @@ class BlockwiseFP8Converter:
             raise ValueError(f"[{NAME}] {error}") from error
         if self.fp8_all_gather:
             report = gather_weights_in_fp8(model, report)
+        if self.cache_weight:
+            cache_weights(model)
         save_fp8_gemms_under_selective_checkpointing(self.job_config.model.name)
         if _rank() == 0:
             name, flavor = self.job_config.model.name, self.job_config.model.flavor
@@ -98,8 +101,10 @@ class BlockwiseFP8Converter:
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Recompute the multipliers of weights that are gathered in fp8, all in one all-reduce."""
-        refresh_scales(*(model if isinstance(model, list) else [model]))
+        """Recompute the multipliers of weights that are gathered in fp8, all in one all-reduce; drop quantised weights."""
+        parts = model if isinstance(model, list) else [model]
+        refresh_scales(*parts)
+        drop_cached_weights(*parts)
 
 
 def save_fp8_gemms_under_selective_checkpointing(model_name: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .autograd import blockwise_fp8_matmul
 from .formats import ALIGNMENT
 from .recipe import Recipe
-from .weight import WeightScales, gather_in_fp8, is_gathered_in_fp8, plain_shard
+from .weight import CachedWeight, WeightScales, gather_in_fp8, is_gathered_in_fp8, plain_shard
 
 
 class BlockwiseFP8Linear(nn.Linear):
@@ -33,6 +33,9 @@ class BlockwiseFP8Linear(nn.Linear):
 
     weight_scales: WeightScales | None = None
     """Multipliers of a weight that FSDP2 gathers in fp8, from its first gather on."""
+
+    cached_weight: CachedWeight | None = None
+    """The quantised weight, where `cache_weights` asked for that."""
 
     def __init__(
         self,
@@ -65,7 +68,8 @@ class BlockwiseFP8Linear(nn.Linear):
         return twin
 
     def forward(self, input: Tensor) -> Tensor:
-        output = blockwise_fp8_matmul(input, self.weight, self.recipe)
+        quantized = None if self.cached_weight is None else self.cached_weight.of(self.weight)
+        output = blockwise_fp8_matmul(input, self.weight, self.recipe, quantized)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -76,6 +80,8 @@ class BlockwiseFP8Linear(nn.Linear):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Keep the weight one that is gathered in fp8, also where `assign=True` replaces it by a plain tensor."""
+        if self.cached_weight is not None:
+            self.cached_weight.clear()
         gathered_in_fp8 = is_gathered_in_fp8(self.weight)
         super()._load_from_state_dict(*args, **kwargs)
         if gathered_in_fp8 and not is_gathered_in_fp8(self.weight):

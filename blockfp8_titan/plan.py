@@ -57,7 +57,7 @@ def plan(job_config: JobConfig, model: nn.Module) -> ConversionReport:
     # The number of ranks is not known here: -1 shards over all that there are.
     fsdp = parallelism.data_parallel_shard_degree != 1 or parallelism.context_parallel_degree > 1
     if fsdp and section.fp8_all_gather:
-        report = report.with_notes(*gather_notes(gather_obstacles(model, report)))
+        report = report.with_notes(*gather_notes(report, gather_obstacles(model, report)))
     return report
 
 
