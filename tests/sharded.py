@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -439,6 +440,17 @@ def checkpoints_hold_plain_tensors() -> None:
         set_model_state_dict(other, loaded)
         assert all(torch.equal(a, b) for a, b in zip(whole(other), whole(model), strict=True))
     assert train(resumed) == train(plain)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        missing = min(Path(folder[0]).glob("*.distcp"))
+        missing.unlink()
+    dist.barrier()
+    try:
+        dcp.load(get_model_state_dict(resumed), checkpoint_id=folder[0])
+    except CheckpointException as error:
+        assert ".distcp" in str(error) and folder[0] in str(error)
+    else:
+        raise AssertionError("no error")
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder[0])
