@@ -212,6 +212,7 @@ class GatheredFP8Weight(Tensor):
             return return_and_correct_aliasing(
                 func, args, kwargs, cls(weight.w_q.detach(), weight.w_dq.detach(), weight.dtype)
             )
+        assert func.namespace != "blockfp8", f"{func} would quantise again what is quantised already"
         args, kwargs = pytree.tree_map_only(cls, cls.dequantize, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -341,11 +342,12 @@ def is_gathered_in_fp8(weight: Tensor) -> bool:
 def refresh_scales(*modules: nn.Module) -> None:
     """Compute the multipliers of those weights in these modules that have changed since: one all-reduce per shard mesh.
 
-    Call it after an optimizer step, on all ranks; a weight whose multipliers are out of date at its gather gets there by an
-    all-reduce of its own. Changes are noticed whoever makes them: an optimizer, nn.init, load_state_dict, a checkpoint read in place
-    into state_dict(), in-place operations on the parameter, on its `.data`, its local tensor, its detached or sliced views. All ranks
-    must change a weight alike, as DTensor's operations do. Not noticed: writes that PyTorch does not see (NumPy's, a kernel of one's
-    own) and writes to `.data` of what state_dict() returned.
+    Call it after an optimizer step, on all ranks, before `FSDPModule.set_post_optim_event` if that is used; a weight whose
+    multipliers are out of date at its gather gets there by an all-reduce of its own. Changes are noticed whoever makes them: an
+    optimizer, nn.init, load_state_dict, a checkpoint read in place into state_dict(), in-place operations on the parameter, on its
+    `.data`, its local tensor, its detached or sliced views. All ranks must change a weight alike, as DTensor's operations do. Not
+    noticed: writes that PyTorch does not see (NumPy's, a kernel of one's own), writes to `.data` of what state_dict() returned,
+    and writes to one-dimensional views of `.data`.
 
     Weights are known from their first gather on; those not gathered yet, or gathered just now, are left to their next one.
     """
