@@ -226,3 +226,23 @@ def test_fp8_trains_as_bf16_does_on_gpus(train: Train) -> None:
     assert fp8.losses[-1] < fp8.losses[0] - 0.5
     assert fp8.losses != bf16.losses
     assert largest_gap(fp8, bf16) < 0.005
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--training.enable_cpu_offload"],
+        ["--compile.enable", "--compile.components=model"],
+        ["--parallelism.context_parallel_degree=2", "--parallelism.data_parallel_shard_degree=1"],
+        ["--blockwise_fp8.fp8_all_gather=false"],
+    ],
+    ids=["offload", "compiled", "context parallel", "gathered in bf16"],
+)
+def test_fp8_gathers_on_gpus(train: Train, overrides: list[str]) -> None:
+    plain = train("debug_blockwise_fp8", steps=3, device="cuda")
+    run = train("debug_blockwise_fp8", *overrides, steps=3, device="cuda")
+    if "--parallelism.context_parallel_degree=2" in overrides:  # half as many sequences
+        assert run.losses[-1] < run.losses[0]
+    else:
+        assert largest_gap(run, plain) < 0.005
