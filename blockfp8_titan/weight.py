@@ -370,7 +370,8 @@ def _compute(group: dist.ProcessGroup, members: list[tuple[WeightScales, DTensor
         [part.view_as(scales.multipliers) for part, (scales, _) in zip(amax_bits.split(blocks), members, strict=True)],
     )
     amax_bits = amax_bits.to(members[0][0].multipliers.device)
-    dist.all_reduce(amax_bits, dist.ReduceOp.MAX, group)
+    if group.size() > 1:
+        dist.all_reduce(amax_bits, dist.ReduceOp.MAX, group)
     formats = [shard.scale_format for shard in shards]
     for scale_format in sorted(set(formats)):
         multipliers = reference.block_multiplier(amax_bits.view(torch.float32), scale_format).split(blocks)

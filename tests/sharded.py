@@ -158,6 +158,13 @@ def two_ranks_gather_what_one_quantises() -> None:
     check_ranks(2)
 
 
+@check(1)
+def one_rank_gathers_what_it_quantises() -> None:
+    model = shard(Model())
+    check_bitwise(model, masters(model))
+    check_changes(model, ["fused AdamW"])
+
+
 def train(model: nn.Module, steps: int = 3, parts: int = 1, **options: object) -> list[float]:
     """Losses; the same data whatever the number of processes: `24 * 12` rows in all."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, **options)
