@@ -133,7 +133,7 @@ def whole(model: nn.Module) -> list[Tensor]:
 
 
 def masters(model: nn.Module) -> list[Tensor]:
-    return [weight.plain_shard(linear.weight).full_tensor().detach() for linear in linears(model)]
+    return [weight.plain_shard(linear.weight).full_tensor().detach().clone() for linear in linears(model)]
 
 
 def check_ranks(world: int) -> None:
