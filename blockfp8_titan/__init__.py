@@ -6,10 +6,11 @@ Importing the package registers the model converter "blockwise_fp8" with torchti
 from importlib.metadata import PackageNotFoundError, version
 
 from . import ops
-from .conversion import ConversionReport, convert_model
+from .conversion import ConversionReport, convert_model, gather_weights_in_fp8
 from .linear import BlockwiseFP8Linear
 from .recipe import Recipe
 from .rules import Rule
+from .weight import refresh_scales
 
 try:
     from . import converter as _  # noqa: F401
@@ -22,4 +23,13 @@ try:
 except PackageNotFoundError:  # a checkout on PYTHONPATH
     __version__ = "0+unknown"
 
-__all__ = ["BlockwiseFP8Linear", "ConversionReport", "Recipe", "Rule", "convert_model", "ops"]
+__all__ = [
+    "BlockwiseFP8Linear",
+    "ConversionReport",
+    "Recipe",
+    "Rule",
+    "convert_model",
+    "gather_weights_in_fp8",
+    "ops",
+    "refresh_scales",
+]

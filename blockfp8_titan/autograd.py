@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import ops
 from .recipe import GemmBackend, Recipe, ScaleFormat, WeightGradient
+from .weight import GatheredFP8Weight
 
 _FLOATS = (torch.bfloat16, torch.float32)
 
@@ -26,6 +27,9 @@ class _BlockwiseFP8Matmul(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         w: Tensor,
+        w_q: Tensor | None,
+        w_dq: Tensor | None,
+        wt_q: Tensor | None,
         out_dtype: torch.dtype,
         wants_dw: bool,
         gemm_backend: GemmBackend,
@@ -43,10 +47,11 @@ class _BlockwiseFP8Matmul(torch.autograd.Function):
             elif wants_dw:
                 xb_q, xb_dq = ops.quantize_128x128(x, scale_format, backend=quantize_backend)
                 x_kept = (ops.transpose_fp8(xb_q), xb_dq)
-        w_q, w_dq = ops.quantize_128x128(w, scale_format, backend=quantize_backend)
-        # The weight itself is kept, not its payload: FSDP2 frees it after the forward and gathers it again for backward.
-        ctx.save_for_backward(w, *x_kept)
-        ctx.x_dtype = x.dtype
+        # Of the weight, what was given is kept: FSDP2 frees that memory after the forward and gathers into it again for backward.
+        ctx.save_for_backward(w if w_q is None else None, w_q, w_dq, wt_q, *x_kept)
+        if w_q is None:
+            w_q, w_dq = ops.quantize_128x128(w, scale_format, backend=quantize_backend)
+        ctx.x_dtype, ctx.w_dtype = x.dtype, w.dtype
         ctx.recipe = (gemm_backend, wgrad, scale_format, quantize_backend)
         return ops.gemm_1x128_128x128(x_q, x_dq, w_q, w_dq, out_dtype, backend=gemm_backend)
 
@@ -57,7 +62,7 @@ class _BlockwiseFP8Matmul(torch.autograd.Function):
                 "a blockwise-fp8 linear has no second derivative (its rounding has none): call backward or autograd.grad "
                 'without create_graph=True, or keep this layer out of fp8 (a rule with action = "skip")'
             )
-        w, *x_kept = ctx.saved_tensors
+        w, w_q, w_dq, wt_q, *x_kept = ctx.saved_tensors
         gemm_backend, wgrad, scale_format, quantize_backend = ctx.recipe
         wants_dx, wants_dw = ctx.needs_input_grad[:2]
         dx = dw = None
@@ -67,28 +72,32 @@ class _BlockwiseFP8Matmul(torch.autograd.Function):
         elif wants_dx:
             dy_q, dy_dq = ops.quantize_1x128(dy, scale_format, backend=quantize_backend)
         if wants_dx:
-            w_q, w_dq = ops.quantize_128x128(w, scale_format, backend=quantize_backend)
-            dx = ops.gemm_1x128_128x128(
-                dy_q, dy_dq, ops.transpose_fp8(w_q), w_dq.t(), ctx.x_dtype, backend=gemm_backend
-            )
+            if w_q is None:
+                w_q, w_dq = ops.quantize_128x128(w, scale_format, backend=quantize_backend)
+            if wt_q is None:
+                wt_q = ops.transpose_fp8(w_q)
+            dx = ops.gemm_1x128_128x128(dy_q, dy_dq, wt_q, w_dq.t(), ctx.x_dtype, backend=gemm_backend)
         if wants_dw:
             if wgrad == "bf16":
-                dw = (dy.to(torch.bfloat16).t() @ x_kept[0].to(torch.bfloat16)).to(w.dtype)
+                dw = (dy.to(torch.bfloat16).t() @ x_kept[0].to(torch.bfloat16)).to(ctx.w_dtype)
             elif wgrad == "fp8":
-                dw = ops.gemm_1x128_1x128(dyt_q, dyt_dq, *x_kept, w.dtype, backend=gemm_backend)
+                dw = ops.gemm_1x128_1x128(dyt_q, dyt_dq, *x_kept, ctx.w_dtype, backend=gemm_backend)
             else:
                 xbt_q, xb_dq = x_kept
-                dw = ops.gemm_1x128_128x128(dyt_q, dyt_dq, xbt_q, xb_dq.t(), w.dtype, backend=gemm_backend)
-        return dx, dw, None, None, None, None, None
+                dw = ops.gemm_1x128_128x128(dyt_q, dyt_dq, xbt_q, xb_dq.t(), ctx.w_dtype, backend=gemm_backend)
+        return dx, dw, *([None] * 8)
 
 
-def blockwise_fp8_matmul(x: Tensor, w: Tensor, recipe: Recipe) -> Tensor:
+def blockwise_fp8_matmul(
+    x: Tensor, w: Tensor, recipe: Recipe, quantized: tuple[Tensor, Tensor, Tensor] | None = None
+) -> Tensor:
     """y = x w^T with all three GEMMs in blockwise fp8.
 
     Args:
         x: [..., K] bf16 or fp32.
-        w: [N, K] bf16 or fp32; N % 16 == 0 and K % 16 == 0.
+        w: [N, K] bf16 or fp32; N % 16 == 0 and K % 16 == 0. A `GatheredFP8Weight` is used as it was quantised.
         recipe: numerics and backend.
+        quantized: w_q, w_dq and wt_q of `ops.quantize_128x128(w)` and `ops.transpose_fp8(w_q)`, where they are known.
     Returns:
         [..., N]: in autocast's dtype where autocast is on, else in x's. dx has x's dtype and dw has w's.
     Raises:
@@ -111,7 +120,19 @@ def blockwise_fp8_matmul(x: Tensor, w: Tensor, recipe: Recipe) -> Tensor:
                 f"autocast's dtype is {out_dtype}: a blockwise-fp8 linear computes bf16 or fp32; use autocast to bf16"
             )
     wants_dw = torch.is_grad_enabled() and w.requires_grad
+    w_q, w_dq, wt_q = quantized or (None, None, None)
+    if isinstance(w, GatheredFP8Weight):
+        w_q, w_dq = w.w_q, w.w_dq
     y = _BlockwiseFP8Matmul.apply(
-        x.reshape(-1, x.shape[-1]), w, out_dtype, wants_dw, recipe.gemm_backend, recipe.wgrad, recipe.scale_format
+        x.reshape(-1, x.shape[-1]),
+        w,
+        w_q,
+        w_dq,
+        wt_q,
+        out_dtype,
+        wants_dw,
+        recipe.gemm_backend,
+        recipe.wgrad,
+        recipe.scale_format,
     )
     return y.view(*x.shape[:-1], w.shape[0])

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from .linear import BlockwiseFP8Linear
 from .recipe import Recipe
 from .rules import PlacedRule, Rule, check_rules_apply, decide, rules_from
+from .weight import gather_in_fp8
 
 TABLE_WIDTH = 120
 
@@ -197,6 +198,53 @@ def convert_model(
             if child in swaps:
                 setattr(parent, name, swaps[child])
     return report
+
+
+def gather_obstacles(model: nn.Module, report: ConversionReport) -> dict[str, str]:
+    """Which of the Linears in fp8 FSDP2 cannot gather in fp8, by name, and why not.
+
+    Args:
+        model: before or after the conversion that the report is of.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    obstacles = {}
+    for row in report.rows:
+        own = {f"{fqn}.weight" for fqn in (row.fqn, *row.aliases)}
+        others = [name for name in names[id(model.get_submodule(row.fqn).weight)] if name not in own]
+        if row.in_fp8 and others:
+            obstacles[row.fqn] = f"its weight is tied to {', '.join(others)}"
+    return obstacles
+
+
+def gather_weights_in_fp8(model: nn.Module, report: ConversionReport) -> ConversionReport:
+    """Let FSDP2 gather the weights of all Linears in fp8 as one byte per element, in place; call before fully_shard.
+
+    After each optimizer step, on all ranks, `blockfp8_titan.refresh_scales(model)` saves an all-reduce for each weight.
+
+    Args:
+        model: converted on every rank alike; unsharded, any device.
+        report: `convert_model`'s.
+    Returns:
+        The report with a note for each weight that stays as it was: see `gather_obstacles`.
+    """
+    obstacles = gather_obstacles(model, report)
+    for row in report.rows:
+        if row.in_fp8 and row.fqn not in obstacles:
+            linear = model.get_submodule(row.fqn)
+            assert isinstance(linear, BlockwiseFP8Linear)
+            gather_in_fp8(linear, linear.recipe.scale_format)
+    return report.with_notes(*gather_notes(report, obstacles))
+
+
+def gather_notes(report: ConversionReport, obstacles: Mapping[str, str]) -> list[str]:
+    """What a report says where gathering in fp8 was asked for: how many weights are, and which others are not and why."""
+    in_fp8 = sum(row.in_fp8 for row in report.rows)
+    return [
+        f"FSDP2 gathers {in_fp8 - len(obstacles)} of the {in_fp8} weights in fp8, one byte per element",
+        *(f"{fqn} is gathered unquantised: {reason}" for fqn, reason in obstacles.items()),
+    ]
 
 
 def _decide_for_all_names(

@@ -16,9 +16,10 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from .config import BlockwiseFP8
-from .conversion import ConversionReport, convert_model
+from .conversion import ConversionReport, convert_model, gather_weights_in_fp8
 from .formats import BLOCK
 from .ops.backend import describe_gemm_backend
+from .weight import cache_weights, drop_cached_weights, refresh_scales
 
 NAME = "blockwise_fp8"
 REPORT_FILE = "blockwise_fp8_conversion.json"
@@ -69,17 +70,6 @@ def check_tensor_parallel_job(job_config: JobConfig, degree: int) -> None:
         )
 
 
-def notes_on(job_config: JobConfig, fsdp: bool) -> list[str]:
-    """What was asked for and is not done."""
-    if fsdp and section_of(job_config).fp8_all_gather:
-        dtype = job_config.training.mixed_precision_param
-        return [
-            f"weights are gathered in {dtype}: fp8_all_gather = true has no effect in this version, "
-            "each rank quantises the weights that FSDP gathered"
-        ]
-    return []
-
-
 def note_on_tensor_parallelism(report: ConversionReport, degree: int) -> list[str]:
     """Which Linears have other blocks than on one GPU where tensor parallelism of this degree splits them."""
     fqns = [row.fqn for row in report.rows if row.in_fp8 and any(size % (degree * BLOCK) for size in row.shape)]
@@ -89,6 +79,16 @@ def note_on_tensor_parallelism(report: ConversionReport, degree: int) -> list[st
         f"tensor parallelism splits Linears over {degree} ranks and blocks of {BLOCK} begin anew at the edge of each shard: for "
         f"{len(fqns)} Linears ({fqns[0]} …) out_features / {degree} or in_features / {degree} is no multiple of {BLOCK}, and splitting "
         "that dimension gives other blocks than one GPU has"
+    ]
+
+
+def note_on_gathers(section: BlockwiseFP8, degree: int) -> list[str]:
+    """That FSDP gathers unquantised weights where tensor parallelism of this degree shards them too."""
+    if degree == 1 or not section.fp8_all_gather:
+        return []
+    return [
+        f"fp8_all_gather = true has no effect beside tensor parallelism of degree {degree}: FSDP gathers each rank's part of a weight in "
+        "training.mixed_precision_param, and the rank quantises it"
     ]
 
 
@@ -106,7 +106,11 @@ class BlockwiseFP8Converter:
         self.section = section_of(job_config)
         self.rules = self.section.all_rules()
         self.tensor_parallel_degree = parallel_dims.tp
-        self.notes = notes_on(job_config, parallel_dims.fsdp_enabled)
+        self.fsdp = parallel_dims.fsdp_enabled
+        self.fp8_all_gather = (
+            self.section.fp8_all_gather and parallel_dims.fsdp_enabled and not parallel_dims.tp_enabled
+        )
+        self.cache_weight = self.section.cache_weight and not (parallel_dims.fsdp_enabled or parallel_dims.tp_enabled)
         device = torch.device(utils.device_type)
         try:
             self.backend = describe_gemm_backend(self.section.gemm_backend, device)
@@ -129,7 +133,13 @@ class BlockwiseFP8Converter:
             report = convert_model(model, self.rules, recipe=self.section.recipe())
         except ValueError as error:
             raise ValueError(f"[{NAME}] {error}") from error
-        report = report.with_notes(*self.notes, *note_on_tensor_parallelism(report, self.tensor_parallel_degree))
+        if self.fp8_all_gather:
+            report = gather_weights_in_fp8(model, report)
+        if self.cache_weight:
+            cache_weights(model)
+        report = report.with_notes(*note_on_tensor_parallelism(report, self.tensor_parallel_degree))
+        if self.fsdp:
+            report = report.with_notes(*note_on_gathers(self.section, self.tensor_parallel_degree))
         save_fp8_gemms_under_selective_checkpointing(self.job_config.model.name)
         if _rank() == 0:
             name, flavor = self.job_config.model.name, self.job_config.model.flavor
@@ -140,7 +150,10 @@ class BlockwiseFP8Converter:
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Nothing to do: weights are quantised from their current values in each forward, no scale outlives a step."""
+        """Recompute the multipliers of weights that are gathered in fp8, all in one all-reduce; drop quantised weights."""
+        parts = model if isinstance(model, list) else [model]
+        refresh_scales(*parts)
+        drop_cached_weights(*parts)
 
 
 def save_fp8_gemms_under_selective_checkpointing(model_name: str) -> None:

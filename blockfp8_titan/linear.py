@@ -1,5 +1,7 @@
 """BlockwiseFP8Linear: nn.Linear whose three GEMMs run in blockwise fp8."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -9,6 +11,7 @@ from .autograd import blockwise_fp8_matmul
 from .formats import ALIGNMENT
 from .recipe import Recipe
 from .tensor_parallel import check_weight_shards, sharded_matmul
+from .weight import CachedWeight, WeightScales, gather_in_fp8, is_gathered_in_fp8, plain_shard
 
 
 class BlockwiseFP8Linear(nn.Linear):
@@ -33,6 +36,12 @@ class BlockwiseFP8Linear(nn.Linear):
 
     fqn: str = ""
     """Its name in the model that it was converted in; for error messages."""
+
+    weight_scales: WeightScales | None = None
+    """Multipliers of a weight that FSDP2 gathers in fp8, from its first gather on."""
+
+    cached_weight: CachedWeight | None = None
+    """The quantised weight, where `cache_weights` asked for that."""
 
     def __init__(
         self,
@@ -79,9 +88,27 @@ class BlockwiseFP8Linear(nn.Linear):
         super().register_parameter(name, param)
 
     def forward(self, input: Tensor) -> Tensor:
-        matmul = sharded_matmul if isinstance(self.weight, DTensor) else blockwise_fp8_matmul
-        output = matmul(input, self.weight, self.recipe)
+        if isinstance(self.weight, DTensor):
+            output = sharded_matmul(input, self.weight, self.recipe)
+        else:
+            quantized = None if self.cached_weight is None else self.cached_weight.of(self.weight)
+            output = blockwise_fp8_matmul(input, self.weight, self.recipe, quantized)
         return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Hand out plain tensors: a checkpoint must load where this package is not installed."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}weight"] = plain_shard(destination[f"{prefix}weight"])
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the weight one that is gathered in fp8, also where `assign=True` replaces it by a plain tensor."""
+        if self.cached_weight is not None:
+            self.cached_weight.clear()
+        gathered_in_fp8 = is_gathered_in_fp8(self.weight)
+        super()._load_from_state_dict(*args, **kwargs)
+        if gathered_in_fp8 and not is_gathered_in_fp8(self.weight):
+            gather_in_fp8(self, self.recipe.scale_format)
 
     def extra_repr(self) -> str:
         recipe = self.recipe

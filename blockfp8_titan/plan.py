@@ -17,8 +17,8 @@ from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager, JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
-from .conversion import ConversionReport, plan_conversion
-from .converter import NAME, check_job, note_on_tensor_parallelism, notes_on, section_of
+from .conversion import ConversionReport, gather_notes, gather_obstacles, plan_conversion
+from .converter import NAME, check_job, note_on_gathers, note_on_tensor_parallelism, section_of
 from .shards import Sharding, simulate
 
 
@@ -57,7 +57,12 @@ def plan(job_config: JobConfig, model: nn.Module) -> ConversionReport:
     report = plan_conversion(model, section.all_rules(), recipe=section.recipe())
     # The number of ranks is not known here: -1 shards over all that there are.
     fsdp = parallelism.data_parallel_shard_degree != 1 or parallelism.context_parallel_degree > 1
-    return report.with_notes(*notes_on(job_config, fsdp), *note_on_tensor_parallelism(report, degree))
+    report = report.with_notes(*note_on_tensor_parallelism(report, degree))
+    if fsdp:
+        report = report.with_notes(*note_on_gathers(section, degree))
+    if fsdp and degree == 1 and section.fp8_all_gather:
+        report = report.with_notes(*gather_notes(report, gather_obstacles(model, report)))
+    return report
 
 
 def build_on_meta(job_config: JobConfig) -> nn.Module:

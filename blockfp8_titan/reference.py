@@ -34,12 +34,17 @@ def block_multiplier(amax: Tensor, scale_format: ScaleFormat) -> Tensor:
 def _quantize_blocks(blocks: Tensor, dims: int | tuple[int, ...], scale_format: ScaleFormat) -> tuple[Tensor, Tensor]:
     """Payload of blocks, fp32 in any shape, that share a multiplier along `dims`; and the multipliers, without `dims`."""
     dq = block_multiplier(blocks.abs().amax(dims, keepdim=True), scale_format)
+    return _payload(blocks, dq), dq.squeeze(dims)
+
+
+def _payload(blocks: Tensor, dq: Tensor) -> Tensor:
+    """e4m3(blocks / dq), shapes broadcast."""
     payload = (blocks / dq).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     if dq.isnan().any():
         # The cast of a negative NaN keeps its sign on CPUs and loses it on GPUs; ours is always 0x7F.
         codes = payload.view(torch.uint8)
         codes.masked_fill_(codes == 0xFF, 0x7F)
-    return payload, dq.squeeze(dims)
+    return payload
 
 
 def _to_fp32(q: Tensor) -> Tensor:
@@ -83,6 +88,26 @@ def quantize_1x128_both(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[
     return *quantize_1x128(x, scale_format), xt_q.flatten(0, 1)[:M].t(), xt_dq.t()
 
 
+def _blocks(w: Tensor, first_row: int) -> Tensor:
+    """Rows first_row to first_row + M of a matrix, as the 128x128 blocks of that matrix which they touch; zeros elsewhere.
+
+    Args:
+        w: [M, K] bf16 or fp32.
+    Returns:
+        [blocks of rows, 128, blocks of columns, 128] fp32.
+    """
+    M, K = w.shape
+    above = first_row % BLOCK if M else 0
+    padded = F.pad(w.float(), (0, -K % BLOCK, above, -(above + M) % BLOCK))
+    return padded.view(ceil_div(above + M, BLOCK), BLOCK, ceil_div(K, BLOCK), BLOCK)
+
+
+def _rows(blocks: Tensor, first_row: int, M: int, K: int) -> Tensor:
+    """The inverse of `_blocks`."""
+    above = first_row % BLOCK
+    return blocks.flatten(2).flatten(0, 1)[above : above + M, :K]
+
+
 def quantize_128x128(w: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor]:
     """Quantise w in square blocks: w ~= w_q * w_dq[n // 128, k // 128].
 
@@ -92,11 +117,34 @@ def quantize_128x128(w: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Ten
         w_q: [N, K] float8_e4m3fn.
         w_dq: [ceil(N/128), ceil(K/128)] fp32.
     """
-    N, K = w.shape
-    blocks = F.pad(w.float(), (0, -K % BLOCK, 0, -N % BLOCK))
-    blocks = blocks.view(ceil_div(N, BLOCK), BLOCK, ceil_div(K, BLOCK), BLOCK)
-    w_q, w_dq = _quantize_blocks(blocks, (1, 3), scale_format)
-    return w_q.flatten(2).flatten(0, 1)[:N, :K], w_dq
+    w_q, w_dq = _quantize_blocks(_blocks(w, 0), (1, 3), scale_format)
+    return _rows(w_q, 0, *w.shape), w_dq
+
+
+def amax_128x128(w: Tensor, first_row: int = 0) -> Tensor:
+    """max |w| over each 128x128 block of a matrix of which rows first_row to first_row + M are here.
+
+    Args:
+        w: [M, K] bf16 or fp32.
+    Returns:
+        [blocks of rows touched, ceil(K/128)] fp32; NaN where a block holds NaN.
+    """
+    return _blocks(w, first_row).abs().amax((1, 3))
+
+
+def quantize_rows(w: Tensor, w_dq: Tensor, first_row: int = 0) -> Tensor:
+    """Quantise rows first_row to first_row + M of a matrix with the multipliers of all its 128x128 blocks.
+
+    Args:
+        w: [M, K] bf16 or fp32.
+        w_dq: [ceil(N/128), ceil(K/128)] fp32, of the whole matrix.
+    Returns:
+        [M, K] float8_e4m3fn: the rows of `quantize_128x128` of the whole matrix.
+    """
+    blocks = _blocks(w, first_row)
+    first_block = first_row // BLOCK
+    w_dq = w_dq[first_block : first_block + blocks.shape[0]]
+    return _rows(_payload(blocks, w_dq[:, None, :, None]), first_row, *w.shape)
 
 
 def transpose_fp8(w_q: Tensor) -> Tensor:

@@ -92,9 +92,16 @@ def train(tmp_path_factory: pytest.TempPathFactory, corpus: Path, request: pytes
     """
 
     def run(
-        config: str, *overrides: str, steps: int, nproc: int = 2, device: str = "cpu", torchrun: bool = False
+        config: str,
+        *overrides: str,
+        steps: int,
+        nproc: int = 2,
+        device: str = "cpu",
+        torchrun: bool = False,
+        folder: Path | None = None,
+        on_step: Callable[[launch.Step], None] | None = None,
     ) -> Run:
-        folder = tmp_path_factory.mktemp("run")
+        folder = folder or tmp_path_factory.mktemp("run")
         small = [
             f"--job.dump_folder={folder}",
             f"--model.hf_assets_path={corpus / 'tokenizer'}",
@@ -108,11 +115,17 @@ def train(tmp_path_factory: pytest.TempPathFactory, corpus: Path, request: pytes
         ]
         file = launch.ROOT / "configs" / f"{config}.toml"
         log = folder / "log.txt"
-        if torchrun or device != "cpu":
+        if torchrun or on_step or device != "cpu":
             cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-            cache = corpus / "cache"
             logged = launch.train(
-                file, [*small, *overrides], nproc=nproc, log=log, timeout=300, cache=cache, environment=cpu
+                file,
+                [*small, *overrides],
+                nproc=nproc,
+                log=log,
+                timeout=300,
+                cache=corpus / "cache",
+                environment=cpu,
+                on_step=on_step or (lambda step: None),
             )
         else:
             arguments = [f"--job.config_file={file}", "--metrics.disable_color_printing", *small, *overrides]

@@ -75,6 +75,21 @@ def check_quantize(kind, shape, dtype, scale_format):
             assert torch.equal(bits(out), bits(expected)), (twin.__name__, i, kind, shape, dtype, scale_format)
 
 
+def check_shards(kind, whole, split):
+    """Rows cut apart at `split`, quantised with one table: the kernels against their twins."""
+    w = draw(kind, *whole, torch.float32)
+    w_dq = reference.quantize_128x128(w)[1]
+    table = torch.zeros_like(w_dq, dtype=torch.int32)
+    for first_row, rows in ((0, w[:split]), (split, w[split:])):
+        bits_of_rows = torch.zeros_like(table)
+        quantize_ops._cuda_amax_128x128_([rows], [first_row], [bits_of_rows])
+        table = torch.maximum(table, bits_of_rows)
+        w_q = quantize_ops._cuda_rows(rows, w_dq, first_row, "auto")
+        assert torch.equal(bits(w_q), bits(reference.quantize_rows(rows, w_dq, first_row))), (kind, whole, split)
+    amax = reference.amax_128x128(w)
+    assert torch.equal(table, amax.view(torch.int32) & 0x7FFFFFFF), (kind, whole, split)
+
+
 def check_transpose(shape):
     w_q = torch.randint(256, shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
     out = quantize_ops._cuda_transpose(w_q)
@@ -102,6 +117,8 @@ if __name__ == "__main__":
         for dtype in (torch.bfloat16, torch.float32):
             check_quantize(kind, (130, 144), dtype, ("fp32", "pow2")[number % 2])
             check_quantize(kind, (7, 272), dtype, ("pow2", "fp32")[number % 2])
+    for kind, whole, split in (("outliers", (130, 144), 1), ("nonfinite", (256, 16), 128), ("normal", (300, 272), 200)):
+        check_shards(kind, whole, split)
     for shape in ((1, 16), (7, 144), (129, 272)):
         check_transpose(shape)
     for shape in ((1, 16, 16), (7, 144, 272), (129, 272, 256), (300, 16, 128)):

@@ -107,6 +107,7 @@ def test_a_bad_override_ends_the_run_with_its_name(read, capsys, override, messa
     [
         ("wgrad = 'fp4'", r"^\[blockwise_fp8\] wgrad = 'fp4': must be one of 'fp8', 'bf16'"),
         ("gemm_backend = 1", r"^\[blockwise_fp8\] gemm_backend = 1: must be one of 'auto'"),
+        ("cache_weight = 1", r"^\[blockwise_fp8\] cache_weight = 1: must be true or false"),
         ("fp8_all_gather = 'no'", r"^\[blockwise_fp8\] fp8_all_gather = 'no': must be true or false"),
         ("rules_file = 3", r"^\[blockwise_fp8\] rules_file = 3: must be a path"),
         ("[blockwise_fp8.rules]\nmatch = '*'", r"^\[blockwise_fp8\] rules = .*must be an array of tables"),
@@ -142,7 +143,8 @@ def test_help_shows_each_key_with_its_docstring(read, capsys):
         read(TOML, "--help")
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for part in (
-        "--blockwise-fp8.fp8-all-gather {true,false} Let FSDP2 gather",
+        "--blockwise-fp8.fp8-all-gather {true,false} FSDP2 gathers",
+        "--blockwise-fp8.cache-weight {true,false} Without FSDP2",
         "--blockwise-fp8.wgrad {fp8,bf16,fp8_block} Weight gradient",
         "--blockwise-fp8.rules.0.match STR Glob on",
     ):

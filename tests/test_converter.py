@@ -22,6 +22,7 @@ from blockfp8_titan.config import BlockwiseFP8
 from blockfp8_titan.config import JobConfig as AddedConfig
 from blockfp8_titan.linear import BlockwiseFP8Linear
 from blockfp8_titan.rules import Rule
+from blockfp8_titan.weight import BlockwiseFP8Weight
 
 
 @dataclasses.dataclass
@@ -105,23 +106,38 @@ def test_rules_file_and_section_decide_in_this_order(job):
 
 
 @pytest.mark.parametrize(
-    ("parallel_dims", "fp8_all_gather", "noted"),
+    ("parallel_dims", "keys", "gathered", "cached"),
     [
-        (dims(2, dp_shard=2), True, True),
-        (dims(2, dp_shard=2), False, False),
-        (dims(2, dp_replicate=2), True, False),
+        (dims(2, dp_shard=2), {}, True, False),
+        (dims(2, cp=2), {}, True, False),
+        (dims(2, dp_shard=2), {"fp8_all_gather": False}, False, False),
+        (dims(2, dp_replicate=2), {}, False, True),
+        (dims(2, dp_replicate=2), {"cache_weight": False}, False, False),
+        (dims(2, pp=2), {}, False, True),
     ],
-    ids=["fsdp", "fsdp with the key off", "ddp"],
+    ids=["fsdp", "context parallel", "fsdp without", "ddp", "ddp without", "pipeline"],
 )
-def test_weights_gathered_in_bf16_are_noted_when_fp8_was_asked_for(
-    job, tmp_path, caplog, parallel_dims, fp8_all_gather, noted
-):
-    job.blockwise_fp8 = BlockwiseFP8(fp8_all_gather=fp8_all_gather)
-    with caplog.at_level(logging.INFO):
-        convert(job, parallel_dims)
-    assert ("weights are gathered in bfloat16" in caplog.text) is noted
+def test_weights_are_gathered_in_fp8_or_cached(job, tmp_path, parallel_dims, keys, gathered, cached):
+    job.blockwise_fp8 = BlockwiseFP8(**keys)
+    linears = [m for m in convert(job, parallel_dims).modules() if isinstance(m, BlockwiseFP8Linear)]
+    assert all(isinstance(linear.weight, BlockwiseFP8Weight) is gathered for linear in linears)
+    assert all((linear.cached_weight is not None) is cached for linear in linears)
     notes = json.loads((tmp_path / "run" / "blockwise_fp8_conversion.json").read_text())["notes"]
-    assert len(notes) == noted
+    assert notes == ["FSDP2 gathers 42 of the 42 weights in fp8, one byte per element"] * gathered
+
+
+def test_a_tied_weight_is_gathered_unquantised_and_the_report_says_why(job, tmp_path):
+    model = debug_model()
+    model.layers["1"].attention.wq.weight = model.layers["0"].attention.wo.weight
+    build_model_converters(job, dims(2, dp_shard=2)).convert(model)
+    first, second = model.layers["0"].attention.wo.weight, model.layers["1"].attention.wq.weight
+    assert first is second and type(first) is torch.nn.Parameter
+    assert isinstance(model.layers["1"].attention.wo.weight, BlockwiseFP8Weight)
+    assert json.loads((tmp_path / "run" / "blockwise_fp8_conversion.json").read_text())["notes"] == [
+        "FSDP2 gathers 40 of the 42 weights in fp8, one byte per element",
+        "layers.0.attention.wo is gathered unquantised: its weight is tied to layers.1.attention.wq.weight",
+        "layers.1.attention.wq is gathered unquantised: its weight is tied to layers.0.attention.wo.weight",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -240,7 +256,7 @@ def test_a_second_import_is_harmless():
     assert _registry_model_converter_cls["blockwise_fp8"].__name__ == "BlockwiseFP8Converter"
 
 
-def test_the_converter_keeps_no_module_and_has_nothing_to_do_after_a_step(job):
+def test_the_converter_keeps_no_module(job):
     made = converter.BlockwiseFP8Converter(job, dims())
     model = debug_model()
     made.convert(model)

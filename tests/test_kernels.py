@@ -20,7 +20,9 @@ from blockfp8_titan.kernels import gemm, gemm_hopper, quantize  # noqa: E402
 CAPABILITIES = [89, 90, 100, 120]
 SHARED_MEMORY = {89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may take
 
-INTS = {name: "i32" for name in ("M", "N", "K", "x_stride", "xt_stride", "w_stride", "a_stride", "b_stride")}
+INTS = {
+    name: "i32" for name in ("M", "N", "K", "x_stride", "xt_stride", "w_stride", "first_row", "a_stride", "b_stride")
+}
 ONE_BYTE = {name: "*fp8e4nv" for name in ("x_q_ptr", "xt_q_ptr", "w_q_ptr", "a_ptr", "b_ptr")}
 MULTIPLIERS = {name: "*fp32" for name in ("x_dq_ptr", "xt_dq_ptr", "w_dq_ptr", "a_dq_ptr", "b_dq_ptr")}
 STRIDES = {f"{operand}_dq_stride_{dim}": "i32" for operand, dim in ("am", "ak", "bn", "bk")}
@@ -41,6 +43,13 @@ CASES = {
         {"num_warps": 4},
     ),
     "quantize_128x128": (quantize._quantize_128x128_kernel, {"w_ptr": "*fp32"}, {"POW2": False}, {"num_warps": 8}),
+    "amax_128x128_": (
+        quantize._amax_128x128_kernel,
+        {"w_ptr": "*fp32", "bits_ptr": "*i32"},
+        {},
+        {"num_warps": 4},
+    ),
+    "quantize_rows": (quantize._quantize_rows_kernel, {"w_ptr": "*fp32"}, {}, {"num_warps": 8}),
     "transpose": (quantize._transpose_kernel, {"x_ptr": "*fp8e4nv", "xt_ptr": "*fp8e4nv"}, {}, {"num_warps": 8}),
     "gemm": (
         gemm._gemm_kernel,

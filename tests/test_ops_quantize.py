@@ -119,6 +119,74 @@ def test_opcheck(device, M):
     torch.library.opcheck(torch.ops.blockfp8.transpose_fp8, (ops.quantize_128x128(x)[0],), test_utils=CHECKS)
 
 
+def shards(w, rows):
+    """w cut into shards of so many rows, the last ones shorter or empty as torch.chunk and FSDP2 leave them: (first row, shard)."""
+    return [(first, w[first : first + rows]) for first in (0, rows, 2 * rows, 3 * rows)]
+
+
+# Rows of a shard, 4 shards and fewer rows than they could hold: below, at, across and off the blocks' edges; an empty last shard.
+SHARDS = [
+    (64, 256, 272),
+    (96, 384, 144),
+    (448, 1700, 16),
+    (1000, 4000, 144),
+    (1, 3, 128),
+    (43, 128, 640),
+    (128, 512, 256),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale_format", ["fp32", "pow2"])
+@pytest.mark.parametrize("rows, N, K", SHARDS)
+def test_shards_quantise_as_the_whole_does(rows, N, K, scale_format, device):
+    for kind in KINDS:
+        for dtype in (torch.bfloat16, torch.float32):
+            w = draw(kind, N, K, dtype)
+            whole_q, whole_dq = reference.quantize_128x128(w, scale_format)
+            parts = [(first, part.to(device)) for first, part in shards(w, rows)]
+            tables = [torch.zeros_like(whole_dq, dtype=torch.int32, device=device) for _ in parts]
+            ops.amax_128x128_([part for _, part in parts], [first for first, _ in parts], tables)
+            amax = torch.stack(tables).amax(0).view(torch.float32)
+            w_dq = reference.block_multiplier(amax, scale_format)
+            assert torch.equal(bits(w_dq), bits(whole_dq)), (kind, dtype)
+            w_q = torch.cat([ops.quantize_rows(part, w_dq, first) for first, part in parts])
+            assert torch.equal(bits(w_q), bits(whole_q)), (kind, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_amax_leaves_blocks_of_other_rows_alone(device):
+    w = torch.full((200, 272), -3.0, device=device)
+    bits_of_w = torch.full((4, 3), 7, dtype=torch.int32, device=device)
+    ops.amax_128x128_([w], [100], [bits_of_w])
+    three = torch.tensor(3.0).view(torch.int32).item()
+    assert bits_of_w.tolist() == [[three] * 3, [three] * 3, [three] * 3, [7] * 3]
+    ops.amax_128x128_([w[:0]], [9999], [bits_of_w])
+    assert bits_of_w[0, 0] == three
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("M", [0, 7, 128])
+def test_opcheck_of_shards(device, M):
+    w, w_dq = torch.randn(M, 144, device=device), torch.ones(3, 2, device=device)
+    bits_of_w = torch.zeros(3, 2, dtype=torch.int32, device=device)
+    torch.library.opcheck(torch.ops.blockfp8.quantize_rows, (w, w_dq, 120, "auto"), test_utils=CHECKS)
+    torch.library.opcheck(torch.ops.blockfp8.amax_128x128_, ([w], [120], [bits_of_w]), test_utils=CHECKS)
+
+
+def test_bad_tables_are_named():
+    w, table = torch.randn(130, 144), torch.ones(2, 2)
+    for w_dq, first_row in ((table, 200), (table, -1), (torch.ones(2, 3), 0), (torch.ones(2, 4)[:, ::2], 0)):
+        with pytest.raises(
+            ValueError, match=rf"w_dq has shape .*, first_row is {first_row}: w_dq must be contiguous and"
+        ):
+            ops.quantize_rows(w, w_dq, first_row)
+    with pytest.raises(ValueError, match="amax_bits has dtype torch.float32: must be torch.int32"):
+        ops.amax_128x128_([w], [0], [table])
+    with pytest.raises(ValueError, match="have 1, 2 and 1 items: must have as many"):
+        ops.amax_128x128_([w], [0, 1], [table])
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_bad_arguments_are_named(op):
     name = "w" if op is ops.quantize_128x128 else "x"

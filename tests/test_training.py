@@ -1,7 +1,9 @@
 """Whole runs of torchtitan's trainer with two processes: fp8 beside bf16, and with what else a run may use."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -93,6 +95,45 @@ def test_resuming_repeats_the_undisturbed_run(train: Train, fp8: Run, tmp_path: 
     assert resumed.grad_norms == fp8.grad_norms[3:]
     expected, found = weights(fp8.checkpoint(6), tmp_path / "a.pt"), weights(resumed.checkpoint(6), tmp_path / "b.pt")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def kill_ranks(folder: Path) -> None:
+    """kill -9 the processes that train into this folder, torchrun apart."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_text()
+        except OSError:
+            continue  # ended in between
+        if f"--job.dump_folder={folder}\0" in command and "torch.distributed.run" not in command:
+            os.kill(int(process.name), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds the processes in Linux's /proc")
+def test_a_killed_run_goes_on_as_if_undisturbed(train: Train, fp8: Run, tmp_path: Path) -> None:
+    def kill_at_5(step: launch.Step) -> None:
+        if step.step == 5:
+            kill_ranks(tmp_path)
+
+    with pytest.raises(launch.TrainingFailed):
+        train("debug_blockwise_fp8", *FULL_CHECKPOINTS, steps=STEPS, folder=tmp_path, on_step=kill_at_5)
+    assert not (tmp_path / "checkpoint" / "step-6").exists()
+    resumed = train("debug_blockwise_fp8", *FULL_CHECKPOINTS, steps=STEPS, folder=tmp_path)
+    assert [step.step for step in resumed.steps] == [4, 5, 6]
+    assert resumed.losses == fp8.losses[3:] and resumed.grad_norms == fp8.grad_norms[3:]
+
+
+def test_three_processes_with_uneven_shards_go_on_from_two(train: Train, bf16: Run, fp8: Run, tmp_path: Path) -> None:
+    overrides = ["--checkpoint.interval=1", "--checkpoint.async_mode=async", "--checkpoint.no_last_save_model_only"]
+    run = train("debug_blockwise_fp8", *initial_load(fp8), *overrides, steps=2, nproc=3)
+    assert run.losses[0] < bf16.losses[0] - 0.5
+    start, after = weights(fp8.checkpoint(STEPS), tmp_path / "a.pt"), weights(run.checkpoint(2), tmp_path / "b.pt")
+    assert all(after[name].isfinite().all() and not torch.equal(after[name], start[name]) for name in start)
+
+
+def test_weights_gathered_in_bf16(train: Train, fp8: Run) -> None:
+    run = train("debug_blockwise_fp8", "--blockwise_fp8.fp8_all_gather=false", steps=2)
+    # Weights are rounded to bf16 before they are to fp8.
+    assert run.losses != fp8.losses[:2] and largest_gap(run, fp8) < 0.005
 
 
 def test_checkpoints_load_in_runs_of_the_other_kind(train: Train, bf16: Run, fp8_from_bf16: Run, fp8: Run) -> None:
@@ -275,3 +316,17 @@ def test_a_composition_goes_on_as_the_run_before_on_gpus(
         pytest.skip(f"torch {torch.__version__} cannot compile under tensor parallelism: the converter refuses it")
     before: Run = request.getfixturevalue(composition.after)
     assert gap_after_going_on(train, before, composition, "cuda") < 0.005
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--compile.enable", "--compile.components=model"],
+        ["--blockwise_fp8.fp8_all_gather=false"],
+    ],
+    ids=["compiled", "gathered in bf16"],
+)
+def test_fp8_gathers_on_gpus(train: Train, fp8_on_gpus: Run, overrides: list[str]) -> None:
+    run = train("debug_blockwise_fp8", *overrides, steps=3, device="cuda")
+    assert largest_gap(run, fp8_on_gpus) < 0.005

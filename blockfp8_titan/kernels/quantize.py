@@ -113,6 +113,35 @@ def _quantize_128x128_kernel(w_ptr, w_q_ptr, w_dq_ptr, N, K, w_stride, POW2: tl.
 
 
 @triton.jit
+def _shard_tile(M, K, first_row):
+    """Offsets and mask of this program's tile of rows [first_row, first_row + M) of a taller matrix, and the tile's row of blocks there.
+
+    Tiles are blocks of that matrix: the first and the last row of tiles may reach past the M rows that are here.
+    """
+    block = first_row // BLOCK + tl.program_id(1)
+    m = (block * BLOCK - first_row).to(tl.int64) + tl.arange(0, BLOCK)
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    return m, k, ((m >= 0) & (m < M))[:, None] & (k < K)[None, :], block
+
+
+@triton.jit
+def _amax_128x128_kernel(w_ptr, bits_ptr, M, K, w_stride, first_row):
+    """Rows first_row to first_row + M of w -> the rows of bits [ceil(N/128), ceil(K/128)] whose blocks they touch."""
+    m, k, mask, block = _shard_tile(M, K, first_row)
+    w = tl.load(w_ptr + m[:, None] * w_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(bits_ptr + block * tl.num_programs(0) + tl.program_id(0), tl.max(amax_bits(w, 1), 0))
+
+
+@triton.jit
+def _quantize_rows_kernel(w_ptr, w_dq_ptr, w_q_ptr, M, K, w_stride, first_row):
+    """Rows first_row to first_row + M of w, with the multipliers [ceil(N/128), ceil(K/128)] of all of w -> w_q [M, K]."""
+    m, k, mask, block = _shard_tile(M, K, first_row)
+    w = tl.load(w_ptr + m[:, None] * w_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    dq = tl.load(w_dq_ptr + block * tl.num_programs(0) + tl.program_id(0))
+    tl.store(w_q_ptr + m[:, None] * K + k[None, :], quantize(w, dq, reciprocal(dq)), mask=mask)
+
+
+@triton.jit
 def _transpose_kernel(x_ptr, xt_ptr, M, K, x_stride, xt_stride):
     """e4m3 x [M, K] -> xt [K, xt_stride >= M], zero past M; moved as bytes."""
     x_ptr = x_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
