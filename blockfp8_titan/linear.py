@@ -78,12 +78,13 @@ class BlockwiseFP8Linear(nn.Linear):
         return twin
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As nn.Module's. Tensor parallelism puts its sharded weight in place with this, at start-up.
+        """As nn.Module's. Tensor parallelism puts its sharded weight in place of the plain one with this, at start-up.
 
         Raises:
             ValueError: param is a weight sharded into sizes that fp8 GEMMs cannot take; see `tensor_parallel.check_weight_shards`.
         """
-        if name == "weight" and isinstance(param, DTensor):
+        # What replaces a DTensor is FSDP's, which gathers it before it is multiplied: a checkpoint loaded with assign=True.
+        if name == "weight" and isinstance(param, DTensor) and not isinstance(self._parameters.get(name), DTensor):
             check_weight_shards(param, self.fqn)
         super().register_parameter(name, param)
 

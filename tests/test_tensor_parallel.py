@@ -114,7 +114,8 @@ def test_a_plain_input_and_a_sharded_weight_are_refused() -> None:
             linear(torch.randn(3, 64))
 
 
-def test_four_processes(tmp_path: Path) -> None:
+def test_four_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     # Processes forked from one that has done the imports, which take longer than the checks.
     multiprocessing.set_forkserver_preload(["torch._inductor.compile_fx", "torchtitan.train"])
     mp.start_processes(check_in_process, (str(tmp_path / "store"),), RANKS, start_method="forkserver")
