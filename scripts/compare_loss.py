@@ -127,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arms = [Arm(args.config, converter, settings) for converter, settings in args.converters]
     if not any(arm.is_base for arm in arms):
         parser.error("--converters: bf16 must be among them, the others are compared with it")
+    if len({arm.name for arm in arms}) < len(arms):
+        parser.error("--converters: the same run twice")
     try:
         overrides = {arm.name: overrides_of(arm, args, args.runs / args.name / arm.folder) for arm in arms}
         config_path(args.config)

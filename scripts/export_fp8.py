@@ -552,7 +552,9 @@ def summary(parameters: Sequence[Parameter], out: Path) -> str:
     for parameter in parameters:
         if parameter.remark:
             remarks.setdefault(parameter.remark, []).append(parameter.module)
-    lines += [f"in bf16: {modules[0]} and {len(modules) - 1} more: {remark}" for remark, modules in remarks.items()]
+    for remark, modules in remarks.items():
+        others = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+        lines.append(f"in bf16: {modules[0]}{others}: {remark}")
     if not (out / "tokenizer.json").is_file() and not (out / "tokenizer.model").is_file():
         lines.append("no tokenizer was found beside the weights or in model.hf_assets_path: copy it by hand")
     return "\n".join(lines)
@@ -574,6 +576,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="most of a file, in GB (default: %(default)s)"
     )
     options, torchtitan_args = parser.parse_known_args(arguments)
+    if not options.shard_gb > 0:
+        parser.error(f"--shard-gb {options.shard_gb}: must be more than 0")
     try:
         with quiet_torchtitan():
             job_config = read_job_config(torchtitan_args)

@@ -133,7 +133,10 @@ def main() -> None:
     parser.add_argument("--source", type=Path, help="folder to take texts from (default: Python's standard library)")
     parser.add_argument("--limit", type=int, default=DEFAULT_LIMIT, help="characters, roughly (default: %(default)s)")
     args = parser.parse_args()
-    print(f"{args.dest}: {make(args.dest, args.source, args.limit):,} characters")
+    try:
+        print(f"{args.dest}: {make(args.dest, args.source, args.limit):,} characters")
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -153,7 +153,12 @@ def overrides_of(arm: Arm, args: argparse.Namespace, folder: Path) -> list[str]:
     Args:
         args: those of `add_arguments`; settings of our section reach our converter's runs alone.
         folder: receives the run's files.
+    Raises:
+        ValueError: a count below 1; --layers that do not fit the config.
     """
+    for name in ("steps", "nproc", "log_freq"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     overrides = [
         "--experimental.custom_import=variants",
         f"--training.steps={args.steps}",
