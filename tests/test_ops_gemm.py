@@ -147,6 +147,16 @@ def test_bad_arguments_are_named(kind):
         gemm(kind, a_q, a_dq, b_q, b_dq[:, :1])
     with pytest.raises(ValueError, match="out_dtype = torch.float16: must be torch.bfloat16 or torch.float32"):
         gemm(kind, a_q, a_dq, b_q, b_dq, torch.float16)
+    with pytest.raises(ValueError, match=r"a_q has strides \(1, 16\): rows must be contiguous"):
+        gemm(kind, a_q.t().contiguous().t(), a_dq, b_q, b_dq)
+    with pytest.raises(ValueError, match="b_q has strides"):
+        gemm(kind, a_q, a_dq, b_q.t().contiguous().t(), b_dq)
+    with pytest.raises(ValueError, match="b_dq is on meta and a_q on cpu: must be on one device"):
+        gemm(kind, a_q, a_dq, b_q, b_dq.to("meta"))
+    with pytest.raises(ValueError, match="a_dq requires a gradient, .* call it under torch.no_grad"):
+        gemm(kind, a_q, a_dq.clone().requires_grad_(), b_q, b_dq)
+    with pytest.raises(ValueError, match="gemm_backend = 'cutlass': must be one of 'auto', 'triton'"):
+        gemm(kind, a_q, a_dq, b_q, b_dq, backend="cutlass")
     for backend in ("triton", "cublas"):
         with pytest.raises(
             ValueError, match=f'gemm_backend = "{backend}": it needs .* the device is cpu; use "auto" or "reference"'

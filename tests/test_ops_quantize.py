@@ -199,6 +199,11 @@ def test_bad_arguments_are_named(op):
             ValueError, match=rf"{name} has shape \(4, {k}\): dimension 1 must be a positive multiple of 16"
         ):
             op(torch.randn(4, k))
+    x = torch.randn(4, 16, requires_grad=True)
+    with pytest.raises(ValueError, match=f"{name} requires a gradient, which a quantising op does not have"):
+        op(x)
+    with torch.no_grad():
+        assert not any(out.requires_grad for out in op(x))
 
 
 @pytest.mark.gpu

@@ -70,8 +70,10 @@ def resolve_gemm_backend(requested: GemmBackend, device: torch.device, kind: Gem
     Sizes that cuBLASLt does not take (see `ops.gemm`) go to Triton under "auto".
 
     Raises:
-        ValueError: the device cannot run the backend requested.
+        ValueError: there is no such backend, or the device cannot run it.
     """
+    if requested not in get_args(GemmBackend):
+        raise ValueError(f"gemm_backend = {requested!r}: must be one of {', '.join(map(repr, get_args(GemmBackend)))}")
     obstacles = {"cublas": cublas_obstacle(device), "triton": triton_obstacle(device), "reference": None}
     if requested == "auto":
         candidates = [FASTER_ON_HOPPER[kind]] if obstacles["cublas"] is None else ["triton", "reference"]

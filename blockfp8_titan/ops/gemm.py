@@ -75,8 +75,12 @@ def gemm_1x128_1x128(
 
 
 def _check(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_dq_rows: int, out_dtype: torch.dtype) -> None:
-    check_matrix("a_q", a_q, (_E4M3,))
-    check_matrix("b_q", b_q, (_E4M3,))
+    for name, q in (("a_q", a_q), ("b_q", b_q)):
+        check_matrix(name, q, (_E4M3,))
+        if q.stride(1) != 1 and q.shape[1] > 1:
+            raise ValueError(
+                f"{name} has strides {tuple(q.stride())}: rows must be contiguous; call contiguous() on it"
+            )
     if a_q.shape[1] != b_q.shape[1]:
         raise ValueError(
             f"a_q has shape {tuple(a_q.shape)} and b_q {tuple(b_q.shape)}: their second dimensions, K, must agree"
@@ -86,6 +90,9 @@ def _check(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_dq_rows: int,
         check_matrix(name, dq, (torch.float32,))
         if dq.shape[0] != rows or dq.shape[1] != blocks:
             raise ValueError(f"{name} has shape {tuple(dq.shape)}: must be {(rows, blocks)} for its payload")
+    for name, tensor in (("a_dq", a_dq), ("b_q", b_q), ("b_dq", b_dq)):
+        if tensor.device != a_q.device:
+            raise ValueError(f"{name} is on {tensor.device} and a_q on {a_q.device}: must be on one device")
     if out_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"out_dtype = {out_dtype}: must be torch.bfloat16 or torch.float32")
 

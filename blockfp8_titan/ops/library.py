@@ -74,7 +74,12 @@ def launch(
 
 
 def check_matrix(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raises ValueError unless x is a matrix of one of these dtypes; name is the argument's."""
+    """Raises ValueError unless x is a matrix of one of these dtypes that autograd does not follow; name is the argument's."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires a gradient, which a quantising op does not have: call it under torch.no_grad() or detach {name}; "
+            "BlockwiseFP8Linear is differentiable"
+        )
     if x.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: must be 2D; flatten leading dimensions first")
     if x.dtype not in dtypes:
