@@ -9,7 +9,7 @@ SQNR_FLOOR_DB: dict[str, float] = {
     "dw": 28.0,
     "dw_fp8_block": 28.0,
     "dw_bf16": 45.0,
-    "pow2": 27.5,
+    "pow2": 28.0,
 }
 """Least SQNR in dB against the fp32 linear, on normally distributed data; "pow2" is the floor of y, dx and dw under that scale format.
 

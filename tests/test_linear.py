@@ -186,10 +186,13 @@ def test_zeros_give_zeros_and_nan_stays_visible(device):
 
 
 def test_gradients_of_a_loss_averaged_over_millions_of_tokens_survive():
+    # A floor of 1e-12 under amax, the field's usual one, would flush these to zero.
     linear, exact = pair(128, 128)
-    x, dy = torch.randn(64, 128), torch.randn(64, 128) * 1e-14
-    for truth, value in zip(gradients(exact, x, dy)[1:2], gradients(linear, x, dy)[1:2], strict=True):
-        assert sqnr(truth, value) > SQNR_FLOOR_DB["dx"]
+    x, dy = torch.randn(64, 128), torch.randn(64, 128) * 1e-20
+    _, dx_exact, grads_exact = gradients(exact, x, dy)
+    _, dx, grads = gradients(linear, x, dy)
+    assert sqnr(dx_exact, dx) >= SQNR_FLOOR_DB["dx"]
+    assert sqnr(grads_exact["weight"], grads["weight"]) >= SQNR_FLOOR_DB["dw"]
 
 
 def block(device):
