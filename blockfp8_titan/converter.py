@@ -19,7 +19,8 @@ from .config import BlockwiseFP8
 from .conversion import ConversionReport, convert_model, gather_weights_in_fp8
 from .formats import BLOCK
 from .ops.backend import describe_gemm_backend
-from .weight import cache_weights, drop_cached_weights, refresh_scales
+from .weight import refresh_scales
+from .weight_cache import cache_weights, drop_cached_weights
 
 NAME = "blockwise_fp8"
 REPORT_FILE = "blockwise_fp8_conversion.json"

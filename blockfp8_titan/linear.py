@@ -11,7 +11,8 @@ from .autograd import blockwise_fp8_matmul
 from .formats import ALIGNMENT
 from .recipe import Recipe
 from .tensor_parallel import check_weight_shards, sharded_matmul
-from .weight import CachedWeight, WeightScales, gather_in_fp8, is_gathered_in_fp8, plain_shard
+from .weight import WeightScales, gather_in_fp8, is_gathered_in_fp8, plain_shard
+from .weight_cache import CachedWeight
 
 
 class BlockwiseFP8Linear(nn.Linear):

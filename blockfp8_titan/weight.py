@@ -15,7 +15,6 @@ The contract of the `fsdp_*` methods is FSDP2's extension point (torch/distribut
 
 import itertools
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,13 +25,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from . import ops, reference
 from .formats import BLOCK, ceil_div
-from .recipe import Recipe, ScaleFormat
+from .recipe import ScaleFormat
 
 aten = torch.ops.aten
 
@@ -215,84 +213,6 @@ class GatheredFP8Weight(Tensor):
         assert func.namespace != "blockfp8", f"{func} would quantise again what is quantised already"
         args, kwargs = pytree.tree_map_only(cls, cls.dequantize, (args, kwargs))
         return func(*args, **kwargs)
-
-
-class CachedWeight:
-    """An unsharded weight as it was quantised last: e4m3 payload [N, K], multipliers, and the payload transposed for dx.
-
-    Two bytes per element. Under torch.compile nothing can be asked about the weight, so that only `refresh_cached_weights`, in a
-    hook of the whole model, fills the cache, and compiled code trusts what it finds there.
-    """
-
-    def __init__(self) -> None:
-        self.tensors: tuple[Tensor, Tensor, Tensor] | None = None
-        self._quantized_from: tuple[object, ...] | None = None
-
-    def of(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """w_q, w_dq and wt_q; None where they are not those of this weight as it is now."""
-        fresh = torch.compiler.is_compiling() or self._quantized_from == _state(weight)
-        return self.tensors if fresh else None
-
-    def refresh(self, weight: Tensor, recipe: Recipe) -> None:
-        if self.of(weight) is None and not weight.is_meta:
-            backend = "reference" if recipe.gemm_backend == "reference" else "auto"
-            w_q, w_dq = ops.quantize_128x128(weight.detach(), recipe.scale_format, backend=backend)
-            self.tensors, self._quantized_from = (w_q, w_dq, ops.transpose_fp8(w_q)), _state(weight)
-
-    def clear(self) -> None:
-        self.tensors = self._quantized_from = None
-
-
-def cache_weights(model: nn.Module) -> None:
-    """Keep the quantised weights of a model's blockwise-fp8 linears until they change: with gradient accumulation they are quantised
-    once, and transposed once, in a step.
-
-    Changes are noticed when the model's forward begins: the step of any torch.optim.Optimizer, nn.init, load_state_dict and every
-    other in-place operation on a parameter that PyTorch counts, which one on its `.data` is not. A compiled block that is called
-    by itself, not through this model, does not notice an in-place change made since the model's last forward, unless by
-    `drop_cached_weights` or load_state_dict.
-
-    Args:
-        model: the whole of it, not compiled itself (its blocks may be); without FSDP2 or tensor parallelism. Its copies cache too.
-    """
-    for linear in _caching_linears(model):
-        linear.cached_weight = CachedWeight()
-    _watch_optimizers()
-    model.register_forward_pre_hook(refresh_cached_weights)
-
-
-@torch.no_grad()
-def refresh_cached_weights(model: nn.Module, args: Any = ()) -> None:
-    """Quantise those weights that have changed: a forward pre-hook."""
-    for linear in _caching_linears(model):
-        if linear.cached_weight is not None:
-            linear.cached_weight.refresh(linear.weight, linear.recipe)
-
-
-def drop_cached_weights(*modules: nn.Module) -> None:
-    """Free the quantised weights of these modules; the next forward of the model makes them again."""
-    for linear in itertools.chain.from_iterable(map(_caching_linears, modules)):
-        if linear.cached_weight is not None:
-            linear.cached_weight.clear()
-
-
-def _caching_linears(model: nn.Module) -> Iterator[Any]:
-    return (module for module in model.modules() if hasattr(module, "cached_weight"))
-
-
-def _state(weight: Tensor) -> tuple[object, ...]:
-    """What changes when a plain weight does."""
-    version = -1 if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, weight.dtype, weight.device, _optimizer_steps.time
-
-
-_optimizer_steps = LastWrite()
-
-
-@cache
-def _watch_optimizers() -> None:
-    """Count the steps of all optimizers: fused ones write to parameters without counting up their versions."""
-    register_optimizer_step_post_hook(lambda *_: _optimizer_steps.tick())
 
 
 class WeightScales:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockfp8_titan import Recipe
-from blockfp8_titan.weight import cache_weights, drop_cached_weights
+from blockfp8_titan.weight_cache import cache_weights, drop_cached_weights
 
 from .sharded import CHECKS, Model, linears
 
