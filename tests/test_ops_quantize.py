@@ -199,6 +199,10 @@ def test_bad_arguments_are_named(op):
             ValueError, match=rf"{name} has shape \(4, {k}\): dimension 1 must be a positive multiple of 16"
         ):
             op(torch.randn(4, k))
+    with pytest.raises(ValueError, match="scale_format = 'ue8m0': must be one of 'fp32', 'pow2'"):
+        op(torch.randn(4, 16), "ue8m0")
+    with pytest.raises(ValueError, match="backend = 'tritn': must be one of 'auto', 'reference'"):
+        op(torch.randn(4, 16), backend="tritn")
     x = torch.randn(4, 16, requires_grad=True)
     with pytest.raises(ValueError, match=f"{name} requires a gradient, which a quantising op does not have"):
         op(x)

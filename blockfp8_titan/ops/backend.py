@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch
 
 from ..recipe import GemmBackend
+from .library import check_choice
 
 ResolvedBackend = Literal["triton", "cublas", "reference"]
 GemmKind = Literal["1x128_128x128", "1x128_1x128"]
@@ -72,8 +73,7 @@ def resolve_gemm_backend(requested: GemmBackend, device: torch.device, kind: Gem
     Raises:
         ValueError: there is no such backend, or the device cannot run it.
     """
-    if requested not in get_args(GemmBackend):
-        raise ValueError(f"gemm_backend = {requested!r}: must be one of {', '.join(map(repr, get_args(GemmBackend)))}")
+    check_choice("gemm_backend", requested, get_args(GemmBackend))
     obstacles = {"cublas": cublas_obstacle(device), "triton": triton_obstacle(device), "reference": None}
     if requested == "auto":
         candidates = [FASTER_ON_HOPPER[kind]] if obstacles["cublas"] is None else ["triton", "reference"]

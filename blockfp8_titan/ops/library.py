@@ -86,6 +86,12 @@ def check_matrix(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         raise ValueError(f"{name} has dtype {x.dtype}: must be {' or '.join(map(str, dtypes))}")
 
 
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raises ValueError unless value is one of choices; name is the argument's."""
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r}: must be one of {', '.join(map(repr, choices))}")
+
+
 def check_aligned(name: str, x: Tensor, dim: int) -> None:
     """Raises ValueError unless x's size in this dimension is a positive multiple of 16."""
     if x.shape[dim] % ALIGNMENT or x.shape[dim] == 0:

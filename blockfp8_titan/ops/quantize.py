@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .. import reference
 from ..formats import ALIGNMENT, BLOCK, ceil_div, round_up
 from ..recipe import ScaleFormat
 from .backend import is_datacenter, resolve_quantize_backend
-from .library import check_aligned, check_matrix, define, launch
+from .library import check_aligned, check_choice, check_matrix, define, launch
 
 QuantizeBackend = Literal["auto", "reference"]
 
@@ -41,6 +41,7 @@ def quantize_1x128(
     """
     check_matrix("x", x, _FLOATS)
     check_aligned("x", x, 1)
+    _check_choices(scale_format, backend)
     return torch.ops.blockfp8.quantize_1x128(x, scale_format, backend)
 
 
@@ -64,6 +65,7 @@ def quantize_1x128_both(
     """
     check_matrix("x", x, _FLOATS)
     check_aligned("x", x, 1)
+    _check_choices(scale_format, backend)
     return torch.ops.blockfp8.quantize_1x128_both(x, scale_format, backend)
 
 
@@ -85,6 +87,7 @@ def quantize_128x128(
     """
     check_matrix("w", w, _FLOATS)
     check_aligned("w", w, 1)
+    _check_choices(scale_format, backend)
     return torch.ops.blockfp8.quantize_128x128(w, scale_format, backend)
 
 
@@ -154,6 +157,11 @@ def transpose_fp8(w_q: Tensor) -> Tensor:
     """
     check_matrix("w_q", w_q, (_E4M3,))
     return torch.ops.blockfp8.transpose_fp8(w_q)
+
+
+def _check_choices(scale_format: ScaleFormat, backend: QuantizeBackend) -> None:
+    check_choice("scale_format", scale_format, get_args(ScaleFormat))
+    check_choice("backend", backend, get_args(QuantizeBackend))
 
 
 # Allocation: the fake kernels are these alone, so that shapes and strides cannot differ from the real ones.
