@@ -35,6 +35,7 @@ from measure import (
     Pace,
     Timer,
     find_peers,
+    fp8_gpu,
     host_us_per_call,
     interleave,
     peak_tflops,
@@ -50,7 +51,6 @@ from blockfp8_titan.formats import BLOCK, E4M3_MAX, ceil_div
 from blockfp8_titan.numerics import relative_error
 from blockfp8_titan.ops import gemm as gemm_ops
 from blockfp8_titan.ops import library
-from blockfp8_titan.ops.backend import triton_obstacle
 
 Item = TypeVar("Item")
 
@@ -1019,12 +1019,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quantized = chosen(quantize_shapes(SUITES[args.suite]), args.shapes) if "quantize" in sections else []
     if args.shapes and not gemms and not quantized:
         parser.error(f"--shapes {' '.join(args.shapes)}: no shape of suite {args.suite} has any of these")
-    if not torch.cuda.is_available():
-        print("bench_kernels.py times GPU kernels, and there is no CUDA GPU here", file=sys.stderr)
-        return 2
-    device = torch.device("cuda", torch.cuda.current_device())
-    if obstacle := triton_obstacle(device):
-        print(f"bench_kernels.py times GPU kernels, and ours cannot run here: {obstacle}", file=sys.stderr)
+    if (device := fp8_gpu("bench_kernels.py")) is None:
         return 2
 
     torch.manual_seed(0)

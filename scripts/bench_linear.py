@@ -33,7 +33,7 @@ import gpu_trace
 import torch
 import torch.nn as nn
 from bench_kernels import FORWARD, WGRAD, Budget, GemmOperands, Kind, Shape
-from measure import CudaTimer, Timer, interleave, reason, spread, table
+from measure import CudaTimer, Timer, fp8_gpu, interleave, reason, spread, table
 from provenance import ROOT, provenance
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -42,7 +42,6 @@ from torchtitan.models.llama3.model.model import TransformerBlock, precompute_fr
 
 from blockfp8_titan import Recipe, convert_model
 from blockfp8_titan.numerics import relative_error
-from blockfp8_titan.ops.backend import triton_obstacle
 
 Mode = Literal["eager", "compiled"]
 MODES: tuple[Mode, ...] = ("eager", "compiled")
@@ -534,7 +533,6 @@ def bench(
     Args:
         write: called with what there is after each subject.
     """
-    end = time.monotonic() + seconds
     records: list[dict[str, Any]] = []
     dropped: dict[str, str] = {}
     result = {
@@ -544,6 +542,7 @@ def bench(
         "dropped": dropped,
     }
     jobs = list(itertools.product(flavors, subjects))
+    end = time.monotonic() + seconds
     for number, (flavor, name) in enumerate(jobs):
         left = end - time.monotonic()
         if left <= 0:
@@ -602,12 +601,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.tokens < 128 or args.tokens % min(args.tokens, SEQUENCE):
         parser.error(f"--tokens {args.tokens}: must be 128 or more, and above {SEQUENCE} a multiple of it")
-    if not torch.cuda.is_available():
-        print("bench_linear.py times GPU kernels, and there is no CUDA GPU here", file=sys.stderr)
-        return 2
-    device = torch.device("cuda", torch.cuda.current_device())
-    if obstacle := triton_obstacle(device):
-        print(f"bench_linear.py times GPU kernels, and ours cannot run here: {obstacle}", file=sys.stderr)
+    if (device := fp8_gpu("bench_linear.py")) is None:
         return 2
 
     args.out.mkdir(parents=True, exist_ok=True)

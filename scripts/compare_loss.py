@@ -24,13 +24,11 @@ from provenance import provenance
 from runs import (
     BF16,
     COLORS,
-    CONVERTERS,
     PLOT_STYLE,
     Arm,
     add_arguments,
     config_path,
     overrides_of,
-    parse_arm,
     train_arm,
 )
 
@@ -107,14 +105,6 @@ def plot(runs: dict[str, list[Step]], title: str, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a bf16 TOML, or the NAME of configs/NAME_bf16.toml")
-    parser.add_argument(
-        "--converters",
-        nargs="+",
-        type=parse_arm,
-        default=[(BF16, ()), ("blockwise_fp8", ())],
-        metavar="CONVERTER[,KEY=VALUE...]",
-        help=f"of {', '.join(CONVERTERS)} (default: bf16 blockwise_fp8)",
-    )
     add_arguments(parser, steps=200)
     parser.set_defaults(compile=False)
     parser.add_argument("--threshold", type=float, default=0.0025, help="largest gap to bf16 (default: %(default)s)")

@@ -33,13 +33,11 @@ from runs import (
     BF16,
     CHECKPOINTING,
     COLORS,
-    CONVERTERS,
     PLOT_STYLE,
     Arm,
     add_arguments,
     config_path,
     overrides_of,
-    parse_arm,
     train_arm,
 )
 from tqdm import tqdm
@@ -354,14 +352,6 @@ def describe(run: Run) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", help="bf16 TOMLs, or NAMEs of configs/NAME_bf16.toml")
-    parser.add_argument(
-        "--converters",
-        nargs="+",
-        type=parse_arm,
-        default=[(BF16, ()), ("blockwise_fp8", ())],
-        metavar="CONVERTER[,KEY=VALUE...]",
-        help=f"of {', '.join(CONVERTERS)} (default: bf16 blockwise_fp8)",
-    )
     parser.add_argument(
         *("--checkpointing", "--ac"),
         nargs="+",

@@ -4,12 +4,15 @@ import importlib
 import math
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from blockfp8_titan.ops.backend import triton_obstacle
 
 FLUSH_BYTES = 256 * 2**20  # five times the L2 of an H100
 SAMPLE_US = 3000.0
@@ -143,6 +146,18 @@ def find_peers() -> tuple[dict[str, str], dict[str, str]]:
 def reason(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def fp8_gpu(program: str) -> torch.device | None:
+    """The current GPU where our kernels run on it; else None, and stderr says why this program cannot go on."""
+    if not torch.cuda.is_available():
+        print(f"{program} times GPU kernels, and there is no CUDA GPU here", file=sys.stderr)
+        return None
+    device = torch.device("cuda", torch.cuda.current_device())
+    if obstacle := triton_obstacle(device):
+        print(f"{program} times GPU kernels, and ours cannot run here: {obstacle}", file=sys.stderr)
+        return None
+    return device
 
 
 def peak_tflops(gpu: str) -> dict[str, float] | None:

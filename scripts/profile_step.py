@@ -23,7 +23,7 @@ import torch
 from launch import ROOT, TrainingFailed, step_times
 from measure import table
 from provenance import provenance
-from runs import BF16, CHECKPOINTING, CONVERTERS, Arm, add_arguments, config_path, overrides_of, parse_arm, train_arm
+from runs import CHECKPOINTING, Arm, add_arguments, config_path, overrides_of, train_arm
 
 WARM_UP = 3  # steps in which torch.profiler runs and records nothing
 LONGEST = 25
@@ -105,14 +105,6 @@ def report(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a bf16 TOML, or the NAME of configs/NAME_bf16.toml")
-    parser.add_argument(
-        "--converters",
-        nargs="+",
-        type=parse_arm,
-        default=[(BF16, ()), ("blockwise_fp8", ())],
-        metavar="CONVERTER[,KEY=VALUE...]",
-        help=f"of {', '.join(CONVERTERS)} (default: bf16 blockwise_fp8)",
-    )
     parser.add_argument(
         "--checkpointing", choices=list(CHECKPOINTING), default="", help="(default: as the config has it)"
     )

@@ -126,7 +126,15 @@ def cut_flavor(config: str, layers: int) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, steps: int, data: Path = ROOT / "outputs" / "demo") -> None:
-    """What every comparison of runs takes: --steps, --layers, --compile, --nproc, --log-freq, --data, --set."""
+    """What every comparison of runs takes: --converters, --steps, --layers, --compile, --nproc, --log-freq, --data, --set."""
+    parser.add_argument(
+        "--converters",
+        nargs="+",
+        type=parse_arm,
+        default=[(BF16, ()), ("blockwise_fp8", ())],
+        metavar="CONVERTER[,KEY=VALUE...]",
+        help=f"of {', '.join(CONVERTERS)} (default: bf16 blockwise_fp8)",
+    )
     parser.add_argument("--steps", type=int, default=steps, help="of each run (default: %(default)s)")
     parser.add_argument("--layers", type=int, metavar="N", help="cut the model to N layers, for a smaller GPU")
     parser.add_argument(

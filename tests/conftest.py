@@ -74,13 +74,9 @@ Train = Callable[..., Run]
 @pytest.fixture(scope="session")
 def forker(corpus: Path) -> Iterator[Forker]:
     # One thread: two that share busy cores wait for each other most of the time.
-    forker = Forker({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **offline(corpus)})
+    forker = Forker({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **launch.offline(corpus / "cache")})
     yield forker
     forker.close()
-
-
-def offline(corpus: Path) -> dict[str, str]:
-    return {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(corpus / "cache"), "TOKENIZERS_PARALLELISM": "false"}
 
 
 @pytest.fixture(scope="session")
