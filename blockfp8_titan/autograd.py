@@ -45,11 +45,14 @@ class _BlockwiseFP8Matmul(torch.autograd.Function):
             if wants_dw and wgrad == "bf16":
                 x_kept = (x,)
             elif wants_dw:
-                xb_q, xb_dq = ops.quantize_128x128(x, scale_format, backend=quantize_backend)
-                x_kept = (ops.transpose_fp8(xb_q), xb_dq)
+                _, xb_dq, xbt_q = ops.quantize_128x128_both(x, scale_format, backend=quantize_backend)
+                x_kept = (xbt_q, xb_dq)
         # Of the weight, what was given is kept: FSDP2 frees that memory after the forward and gathers into it again for backward.
         ctx.save_for_backward(w if w_q is None else None, w_q, w_dq, wt_q, *x_kept)
-        if w_q is None:
+        if w_q is None and torch.compiler.is_compiling() and ctx.needs_input_grad[0]:
+            # What backward calls: in a graph the two become one.
+            w_q, w_dq, _ = ops.quantize_128x128_both(w, scale_format, backend=quantize_backend)
+        elif w_q is None:
             w_q, w_dq = ops.quantize_128x128(w, scale_format, backend=quantize_backend)
         ctx.x_dtype, ctx.w_dtype = x.dtype, w.dtype
         ctx.recipe = (gemm_backend, wgrad, scale_format, quantize_backend)
@@ -73,8 +76,8 @@ class _BlockwiseFP8Matmul(torch.autograd.Function):
             dy_q, dy_dq = ops.quantize_1x128(dy, scale_format, backend=quantize_backend)
         if wants_dx:
             if w_q is None:
-                w_q, w_dq = ops.quantize_128x128(w, scale_format, backend=quantize_backend)
-            if wt_q is None:
+                w_q, w_dq, wt_q = ops.quantize_128x128_both(w, scale_format, backend=quantize_backend)
+            elif wt_q is None:
                 wt_q = ops.transpose_fp8(w_q)
             dx = ops.gemm_1x128_128x128(dy_q, dy_dq, wt_q, w_dq.t(), ctx.x_dtype, backend=gemm_backend)
         if wants_dw:
