@@ -51,10 +51,14 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Quantizer:
-    """quantize: [M, K] -> payload and multipliers for each of transposed, which says of which the transpose is quantised."""
+    """quantize: [M, K] -> payload and multipliers for each of transposed, which says of which the transpose is quantised.
+
+    rereads: it reads the first payload again.
+    """
 
     quantize: Callable[[Tensor], Tensors]
     transposed: tuple[bool, ...]
+    rereads: bool = False
     dequantize: Callable[[Tensor, Tensor], Tensor] = reference.dequantize_1x128
 
 
@@ -66,7 +70,7 @@ def _quantize_and_transpose(w: Tensor) -> Tensors:
 ROWS = Quantizer(ops.quantize_1x128, (False,))
 COLUMNS = Quantizer(ops.quantize_1x128_columns, (True,))
 BOTH = Quantizer(ops.quantize_1x128_both, (False, True))
-BLOCKS = Quantizer(_quantize_and_transpose, (False,), reference.dequantize_128x128)
+BLOCKS = Quantizer(_quantize_and_transpose, (False,), True, reference.dequantize_128x128)
 LAYOUTS: dict[ops.Layout, Quantizer] = {"rows": ROWS, "columns": COLUMNS, "both": BOTH}
 
 # What is computed before
@@ -128,7 +132,8 @@ def _fused_swiglu_gradients(dh: Tensor, gate: Tensor, up: Tensor) -> Tensors:
 class Subject:
     """A fused op, and the computation and quantisation that it stands for.
 
-    of: which tensors of a model, "dim" and "hidden" with a row for each token or "weight".
+    of: which tensors of a model, "dim" and "hidden" with a row for each token or "weight". reads: how often fused reads its first
+    input.
     """
 
     of: str
@@ -136,12 +141,13 @@ class Subject:
     fused: Callable[..., Tensors]
     compute: Callable[..., Tensors]
     quantizer: Quantizer
+    reads: int = 1
 
 
 SUBJECTS = {
     "rms_norm rows": Subject("dim", _norm_inputs, _fused_norm("rows"), _norm, ROWS),
     "rms_norm columns, rstd given": Subject("dim", _norm_inputs_and_rstd, _fused_norm_columns, _norm, COLUMNS),
-    "rms_norm both": Subject("dim", _norm_inputs, _fused_norm("both"), _norm, BOTH),
+    "rms_norm both": Subject("dim", _norm_inputs, _fused_norm("both"), _norm, BOTH, reads=2),
     **{
         f"swiglu {layout}": Subject("hidden", _matrices(2), _fused_swiglu(layout), _swiglu, quantizer)
         for layout, quantizer in LAYOUTS.items()
@@ -182,15 +188,17 @@ def contenders(subject: Subject) -> list[Contender]:
         return of
 
     def fused(inputs: Tensors) -> Candidate:
-        return Candidate(lambda: subject.fused(*inputs), inputs, error(inputs), QUANTIZE_BOUND)
+        read = (*inputs, *inputs[:1] * (subject.reads - 1))
+        return Candidate(lambda: subject.fused(*inputs), read, error(inputs), QUANTIZE_BOUND)
 
     def pair(compute: Callable[..., Tensors]) -> Callable[[Tensors], Candidate]:
         def prepare(inputs: Tensors) -> Candidate:
             def run() -> Tensors:
                 return tuple(out for x in compute(*inputs) for out in quantizer.quantize(x))
 
-            between = () if subject.compute is _identity else compute(*inputs)
-            return Candidate(run, (*inputs, *between, *between), error(inputs), QUANTIZE_BOUND)
+            between = () if subject.compute is _identity else 2 * compute(*inputs)
+            again = run()[:1] if quantizer.rereads else ()
+            return Candidate(run, (*inputs, *between, *again), error(inputs), QUANTIZE_BOUND)
 
         return prepare
 

@@ -40,15 +40,19 @@ def test_all_candidates_run_and_are_right(result) -> None:
 def test_intermediate_tensors_count_twice(result) -> None:
     candidates = {record["shape"]: record["candidates"] for record in result["records"]}
     size = 48 * 48
-    for name, inputs, between, payloads in (
-        ("rms_norm rows", 1, 1, 1),
-        ("swiglu both", 2, 1, 2),
-        ("swiglu_backward both", 3, 2, 4),
+    for name, inputs, reads, between, payloads in (
+        ("rms_norm rows", 1, 1, 1, 1),
+        ("rms_norm both", 1, 2, 1, 2),
+        ("swiglu both", 2, 2, 1, 2),
+        ("swiglu_backward both", 3, 3, 2, 4),
     ):
         fused, pair = candidates[name]["fused"]["bytes"], candidates[name]["pair"]["bytes"]
         small = 4 * 48 * (payloads + 2)  # multipliers, weight, rstd
-        assert 0 < fused - size * (2 * inputs + payloads) <= small
+        assert 0 < fused - size * (2 * reads + payloads) <= small
         assert 0 < pair - size * (2 * inputs + 4 * between + payloads) <= small
+
+    blocks = candidates["quantize_128x128_both"]
+    assert blocks["pair"]["bytes"] - blocks["fused"]["bytes"] == size  # the payload, read to be transposed
 
 
 def test_time_saved_is_compared_with_bytes_saved(result) -> None:
