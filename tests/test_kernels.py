@@ -97,17 +97,14 @@ def compile_for_hopper(c_dtype, b_per_row):
     signature = {
         "a_desc": descriptor("fp8e4nv", (256, 128), gemm_hopper.E4M3_TILE),
         "b_desc": descriptor("fp8e4nv", (128, 128), gemm_hopper.E4M3_TILE),
-        "c_desc": descriptor(name, (64, 64), gemm_hopper.C_TILE[c_dtype]),
+        "c_desc": descriptor(name, (64, gemm_hopper.C_COLUMNS[c_dtype]), gemm_hopper.C_TILE[c_dtype]),
         "a_dq_desc": descriptor("fp32", (256,), gemm_hopper.FP32_VECTOR),
         "b_dq_desc": descriptor("fp32", (128,), gemm_hopper.FP32_VECTOR) if b_per_row else "constexpr",
         "b_dq_ptr": "*fp32",
         **{size: "i32" for size in ("M", "N", "K", "a_dq_k", "b_dq_n", "b_dq_k")},
-        "C_BUFS": "constexpr",
         "B_PER_ROW": "constexpr",
     }
-    constants = {"C_BUFS": gemm_hopper.C_BUFS[c_dtype], "B_PER_ROW": b_per_row} | (
-        {} if b_per_row else {"b_dq_desc": None}
-    )
+    constants = {"B_PER_ROW": b_per_row} | ({} if b_per_row else {"b_dq_desc": None})
     names = list(signature)
     source = GluonASTSource(
         gemm_hopper._gemm_hopper_kernel, signature, {(names.index(k),): v for k, v in constants.items()}, {}
