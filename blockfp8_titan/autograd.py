@@ -114,8 +114,9 @@ def blockwise_fp8_matmul(
     if x.shape[-1] != w.shape[1]:
         raise ValueError(f"input has shape {tuple(x.shape)}: its last dimension must be in_features = {w.shape[1]}")
     out_dtype = x.dtype
-    # Some devices, meta among them, have no autocast, and torch refuses to be asked whether it is on there.
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    # The meta device has no autocast, and torch raises if asked whether it is on there. (amp.is_autocast_available would be a
+    # graph break in torch 2.11.)
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         out_dtype = torch.get_autocast_dtype(x.device.type)
         if out_dtype not in FLOATS:
             raise ValueError(
