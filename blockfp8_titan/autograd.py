@@ -16,7 +16,8 @@ from . import ops
 from .recipe import GemmBackend, Recipe, ScaleFormat, WeightGradient
 from .weight import GatheredFP8Weight
 
-_FLOATS = (torch.bfloat16, torch.float32)
+FLOATS = (torch.bfloat16, torch.float32)
+"""The dtypes of inputs, weights and outputs."""
 
 
 class _BlockwiseFP8Matmul(torch.autograd.Function):
@@ -105,7 +106,7 @@ def blockwise_fp8_matmul(
         RuntimeError: on double backward.
     """
     for name, tensor in (("input", x), ("weight", w)):
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise ValueError(
                 f"{name} of a blockwise-fp8 linear has dtype {tensor.dtype}: must be torch.bfloat16 or torch.float32; "
                 "cast it, or keep the layer out of fp8"
@@ -113,9 +114,11 @@ def blockwise_fp8_matmul(
     if x.shape[-1] != w.shape[1]:
         raise ValueError(f"input has shape {tuple(x.shape)}: its last dimension must be in_features = {w.shape[1]}")
     out_dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
+    # The meta device has no autocast, and torch raises if asked whether it is on there. (amp.is_autocast_available would be a
+    # graph break in torch 2.11.)
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         out_dtype = torch.get_autocast_dtype(x.device.type)
-        if out_dtype not in _FLOATS:
+        if out_dtype not in FLOATS:
             raise ValueError(
                 f"autocast's dtype is {out_dtype}: a blockwise-fp8 linear computes bf16 or fp32; use autocast to bf16"
             )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
+from .autograd import FLOATS
 from .linear import BlockwiseFP8Linear
 from .recipe import Recipe
 from .rules import PlacedRule, Rule, check_rules_apply, decide, rules_from
@@ -274,6 +275,9 @@ def _decide_for_all_names(
         }
     if type(linear) is not nn.Linear:
         reason = f"a {type(linear).__name__}: only nn.Linear itself is converted"
+        return {"action": "skip", "rule": "default", "reason": reason, "recipe": None}
+    if linear.weight.dtype not in FLOATS:
+        reason = f"weight.dtype = {linear.weight.dtype} is neither {' nor '.join(map(str, FLOATS))}"
         return {"action": "skip", "rule": "default", "reason": reason, "recipe": None}
     if decision.action == "convert" and isinstance(linear.weight, DTensor):
         raise ValueError(f"{fqn} has a sharded weight (DTensor): convert the model before FSDP or tensor parallelism")

@@ -41,9 +41,13 @@ def check_job(job_config: JobConfig, tensor_parallel_degree: int) -> None:
     """Refuse what blockwise fp8 cannot run beside.
 
     Raises:
-        ValueError: another quantising converter; tensor parallelism that is compiled on a torch where that fails, or asynchronous;
-            with the way out.
+        ValueError: this converter twice or another quantising one; tensor parallelism that is compiled on a torch where that fails,
+            or asynchronous; with the way out.
     """
+    if job_config.model.converters.count(NAME) > 1:
+        raise ValueError(
+            f"model.converters = {job_config.model.converters}: {NAME!r} converts a model once; name it once"
+        )
     for other in job_config.model.converters:
         if other != NAME and _OTHER_QUANTISER.search(other):
             raise ValueError(
@@ -97,8 +101,8 @@ class BlockwiseFP8Converter:
     """torchtitan's `ModelConverter` for blockwise fp8. Keeps no module: pipeline parallelism copies the model after conversion.
 
     Raises:
-        ValueError: [blockwise_fp8] or its rules_file is wrong, the device cannot run a backend asked for, or the job has another
-            quantising converter or a tensor parallelism that cannot run (see `check_job`).
+        ValueError: [blockwise_fp8] or its rules_file is wrong, the device cannot run a backend asked for, or the job has this
+            converter twice, another quantising one or a tensor parallelism that cannot run (see `check_job`).
     """
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:

@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .autograd import blockwise_fp8_matmul
+from .autograd import FLOATS, blockwise_fp8_matmul
 from .formats import ALIGNMENT
 from .recipe import Recipe
 from .tensor_parallel import check_weight_shards, sharded_matmul
@@ -55,6 +55,7 @@ class BlockwiseFP8Linear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_features(in_features, out_features)
+        _check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe = recipe
 
@@ -66,9 +67,10 @@ class BlockwiseFP8Linear(nn.Linear):
             recipe: numerics and backend.
             fqn: its name in the model, for error messages.
         Raises:
-            ValueError: in_features or out_features is not a positive multiple of 16.
+            ValueError: in_features or out_features is not a positive multiple of 16; the weight is neither bf16 nor fp32.
         """
         _check_features(linear.in_features, linear.out_features)
+        _check_dtype("weight.dtype", linear.weight.dtype)
         twin = cls.__new__(cls)
         # A module's state is its __dict__; registries are copied, so that what is registered on one is not on the other.
         twin.__dict__ = {
@@ -90,11 +92,17 @@ class BlockwiseFP8Linear(nn.Linear):
         super().register_parameter(name, param)
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(self.weight, DTensor):
-            output = sharded_matmul(input, self.weight, self.recipe)
-        else:
-            quantized = None if self.cached_weight is None else self.cached_weight.of(self.weight)
-            output = blockwise_fp8_matmul(input, self.weight, self.recipe, quantized)
+        try:
+            if isinstance(self.weight, DTensor):
+                output = sharded_matmul(input, self.weight, self.recipe)
+            else:
+                quantized = None if self.cached_weight is None else self.cached_weight.of(self.weight)
+                output = blockwise_fp8_matmul(input, self.weight, self.recipe, quantized)
+        except ValueError as error:
+            # Only here is the name read: code compiled for one layer would not serve the next if it depended on it.
+            if not self.fqn:
+                raise
+            raise ValueError(f"{self.fqn}: {error}") from error
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -124,3 +132,11 @@ def _check_features(in_features: int, out_features: int) -> None:
                 f"{name} = {features}: must be a positive multiple of {ALIGNMENT}, the unit in which fp8 tensor cores read rows; "
                 "keep this layer an nn.Linear"
             )
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise ValueError(
+            f"{name} = {dtype}: must be {' or '.join(map(str, FLOATS))}, from which weights are quantised; "
+            "cast the layer, or keep it an nn.Linear"
+        )

@@ -14,6 +14,7 @@ of a whole tensor are not those of its shards where a shard ends within a block.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -107,11 +108,24 @@ def check_weight_shards(w: DTensor, fqn: str) -> None:
     Raises:
         ValueError: a dimension does not split into equal multiples of 16.
     """
-    for dim, name in enumerate(("out_features", "in_features")):
-        degree = math.prod(w.device_mesh.size(i) for i, placement in enumerate(w.placements) if placement.is_shard(dim))
-        if w.shape[dim] % (degree * ALIGNMENT):
+    degrees = [
+        math.prod(w.device_mesh.size(i) for i, placement in enumerate(w.placements) if placement.is_shard(dim))
+        for dim in (0, 1)
+    ]
+    check_split(w.shape, degrees, fqn)
+
+
+def check_split(shape: Sequence[int], degrees: Sequence[int], fqn: str) -> None:
+    """As `check_weight_shards`, of sizes alone.
+
+    Args:
+        shape: the whole weight's, (out_features, in_features).
+        degrees: over how many ranks each of the two is split.
+    """
+    for name, size, degree in zip(("out_features", "in_features"), shape, degrees, strict=True):
+        if size % (degree * ALIGNMENT):
             raise ValueError(
-                f"{fqn or 'a blockwise-fp8 linear'}: {name} = {w.shape[dim]} split over {degree} ranks is {w.shape[dim] / degree:g} "
+                f"{fqn or 'a blockwise-fp8 linear'}: {name} = {size} split over {degree} ranks is {size / degree:g} "
                 f"on each: must be a multiple of {ALIGNMENT}; lower tensor_parallel_degree, or keep the layer out of fp8 "
                 f"with a rule: match = {fqn or '<name>'!r}, action = 'skip'"
             )

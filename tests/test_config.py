@@ -91,6 +91,7 @@ def test_the_spellings_of_a_boolean(read, args, value):
         ("--blockwise_fp8.wgrad=fp4", "invalid choice 'fp4'"),
         ("--blockwise_fp8.rules.0.action=drop", "invalid choice 'drop'"),
         ("--blockwise_fp8.rules.1.min_in_features=-1", "blockwise-fp8.rules.1: min_in_features = -1"),
+        ("--blockwise_fp8.rules.1.match=", "blockwise-fp8.rules.1: match is missing or empty"),
         ("--blockwise_fp8.rules.2.match=x", "rules.2.match=x"),
     ],
 )
@@ -112,10 +113,14 @@ def test_a_bad_override_ends_the_run_with_its_name(read, capsys, override, messa
         ("rules_file = 3", r"^\[blockwise_fp8\] rules_file = 3: must be a path"),
         ("[blockwise_fp8.rules]\nmatch = '*'", r"^\[blockwise_fp8\] rules = .*must be an array of tables"),
         (
-            "[[blockwise_fp8.rules]]\n[[blockwise_fp8.rules]]\nmatsh = 'a'",
+            "[[blockwise_fp8.rules]]\nmatch = '*'\n[[blockwise_fp8.rules]]\nmatsh = 'a'",
             r"^\[blockwise_fp8\] rule 2: unknown key 'matsh', did you mean 'match'",
         ),
         ("[[blockwise_fp8.rules]]\nmatch = 1", r"^\[blockwise_fp8\] rule 1: match = 1"),
+        (
+            "[[blockwise_fp8.rules]]\naction = 'skip'",
+            r"^\[blockwise_fp8\] rule 1: match is missing or empty",
+        ),
         ("gemm_backends = 'auto'", "Invalid field names .*gemm_backends"),
     ],
 )

@@ -299,6 +299,20 @@ def fp8_on_gpus(train: Train) -> Run:
     return train("debug_blockwise_fp8", *FULL_CHECKPOINTS, steps=STEPS, device="cuda")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("overrides", [(), COMPILED], ids=["eager", "compiled"])
+def test_fp8_trains_as_bf16_does_on_one_gpu(train: Train, overrides: tuple[str, ...]) -> None:
+    bf16 = train("debug_bf16", *overrides, steps=STEPS, nproc=1, device="cuda")
+    triton = "--blockwise_fp8.gemm_backend=triton"
+    fp8 = train("debug_blockwise_fp8", triton, *overrides, steps=STEPS, nproc=1, device="cuda")
+    log = fp8.log.read_text()
+    assert "Blockwise fp8 GEMM backend: triton on " in log and "42 of 43 Linears in fp8" in log
+    assert ("Compiling each TransformerBlock" in log) == bool(overrides)
+    assert fp8.losses[-1] < fp8.losses[0] - 0.5
+    assert fp8.losses != bf16.losses
+    assert largest_gap(fp8, bf16) < 0.005
+
+
 @pytest.mark.gpus(2)
 def test_fp8_trains_as_bf16_does_on_gpus(train: Train, fp8_on_gpus: Run) -> None:
     bf16 = train("debug_bf16", steps=STEPS, device="cuda")
