@@ -287,19 +287,22 @@ def multiply_scaled(
     else:
         b_dq_desc = None
         b_dq_n, b_dq_k = b_dq.stride()
-    args = (
+    descriptors = (
         _Descriptor(a_q, a_shape, a_q.stride(), [BM.value, 128], E4M3_TILE),
         _Descriptor(b_q, b_shape, b_q.stride(), [BN.value, 128], E4M3_TILE),
         _Descriptor(c, c.shape, c.stride(), [64, C_COLUMNS[c.dtype]], C_TILE[c.dtype]),
-        a_dq_desc, b_dq_desc, b_dq, M, N, K, a_dq_k, b_dq_n, b_dq_k, b_per_row,
-    )  # fmt: skip
+        a_dq_desc,
+        b_dq_desc,
+    )
+    numbers = (M, N, K, a_dq_k, b_dq_n, b_dq_k, b_per_row)
     grid = (min(ceil_div(M, BM.value) * ceil_div(N, BN.value), multiprocessors), 1, 1)
     key = (a_q.get_device(), c.dtype, b_per_row)
     if kernel := compiled.get(key):
-        start(kernel, key[0], grid, args)
+        # An address spares the launcher a call of the driver.
+        start(kernel, key[0], grid, (*descriptors, b_dq.data_ptr(), *numbers))
     else:
         with assembler_for(b_per_row):
-            compiled[key] = _gemm_hopper_kernel[grid](*args, **OPTIONS)
+            compiled[key] = _gemm_hopper_kernel[grid](*descriptors, b_dq, *numbers, **OPTIONS)
 
 
 @contextmanager
