@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..formats import ceil_div
+from .launch import start
 
 # Triton renamed its TMA copies after 3.6.
 _tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -231,8 +232,12 @@ compiled: dict[tuple[int, torch.dtype, bool], Any] = {}
 class _Descriptor(TensorDescriptor):
     """TensorDescriptor without its checks: they cost 10 us each, and `multiply_scaled`'s contract covers them."""
 
-    def __post_init__(self) -> None:
-        pass
+    def __init__(self, base: Any, shape: Any, strides: Any, block_shape: list[int], layout: Any):
+        self.base = base
+        self.shape = shape
+        self.strides = strides
+        self.block_shape = block_shape
+        self.layout = layout
 
 
 def _columns(dq: torch.Tensor, block: int) -> tuple[_Descriptor, int]:
@@ -242,11 +247,14 @@ def _columns(dq: torch.Tensor, block: int) -> tuple[_Descriptor, int]:
     multiples of 16 bytes, hence columns at multiples of four rows: where dq has others, a copy is made.
     """
     rows, columns = dq.shape
-    if dq.stride(1) % 4 or dq.data_ptr() % 16:
+    stride = dq.stride()[1]
+    if stride % 4 or dq.data_ptr() % 16:
         padded = dq.new_empty((columns, ceil_div(rows, 4) * 4))
         padded[:, :rows].copy_(dq.t())
         dq = padded.t()[:rows]
-    stride = dq.stride(1) if columns > 1 else rows
+        stride = dq.stride()[1]
+    if columns == 1:
+        stride = rows
     return _Descriptor(dq, [(columns - 1) * stride + rows], [1], [block], FP32_VECTOR), stride
 
 
@@ -270,7 +278,8 @@ def multiply_scaled(
         b_per_row: b has a multiplier per row and K block rather than per 128x128 block.
         multiprocessors: of the device, which is the current one.
     """
-    (M, K), N = a_q.shape, b_q.shape[0]
+    M, K = a_shape = a_q.shape
+    N, _ = b_shape = b_q.shape
     a_dq_desc, a_dq_k = _columns(a_dq, BM.value)
     if b_per_row:
         b_dq_desc, b_dq_k = _columns(b_dq, BN.value)
@@ -278,19 +287,22 @@ def multiply_scaled(
     else:
         b_dq_desc = None
         b_dq_n, b_dq_k = b_dq.stride()
-    args = (
-        _Descriptor(a_q, a_q.shape, a_q.stride(), [BM.value, 128], E4M3_TILE),
-        _Descriptor(b_q, b_q.shape, b_q.stride(), [BN.value, 128], E4M3_TILE),
+    descriptors = (
+        _Descriptor(a_q, a_shape, a_q.stride(), [BM.value, 128], E4M3_TILE),
+        _Descriptor(b_q, b_shape, b_q.stride(), [BN.value, 128], E4M3_TILE),
         _Descriptor(c, c.shape, c.stride(), [64, C_COLUMNS[c.dtype]], C_TILE[c.dtype]),
-        a_dq_desc, b_dq_desc, b_dq, M, N, K, a_dq_k, b_dq_n, b_dq_k, b_per_row,
-    )  # fmt: skip
+        a_dq_desc,
+        b_dq_desc,
+    )
+    numbers = (M, N, K, a_dq_k, b_dq_n, b_dq_k, b_per_row)
     grid = (min(ceil_div(M, BM.value) * ceil_div(N, BN.value), multiprocessors), 1, 1)
     key = (a_q.get_device(), c.dtype, b_per_row)
-    if key in compiled:
-        compiled[key][grid](*args)
+    if kernel := compiled.get(key):
+        # An address spares the launcher a call of the driver.
+        start(kernel, key[0], grid, (*descriptors, b_dq.data_ptr(), *numbers))
     else:
         with assembler_for(b_per_row):
-            compiled[key] = _gemm_hopper_kernel[grid](*args, **OPTIONS)
+            compiled[key] = _gemm_hopper_kernel[grid](*descriptors, b_dq, *numbers, **OPTIONS)
 
 
 @contextmanager

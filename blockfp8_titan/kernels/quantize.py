@@ -67,13 +67,14 @@ def _store_columns(x, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, PADDED: tl.con
     if PADDED:
         # Rows past M are zero, but in a block that holds NaN zero times its multiplier is NaN too.
         payload = tl.where((m < M)[:, None], payload, 0)
-    word = tl.program_id(1).to(tl.int64) * 32 + tl.arange(0, 32)
-    words = (
-        xt_q_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        + k[:, None].to(tl.int64) * (xt_stride // 4)
-        + word[None, :]
+    # From the tile's own start, offsets are 32-bit numbers, which take half of the registers.
+    stride = xt_stride // 4
+    tile_ptr = xt_q_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (
+        tl.program_id(0).to(tl.int64) * BLOCK * stride + tl.program_id(1) * 32
     )
-    tl.store(words, _pack_rows(payload), mask=(k < K)[:, None] & (word < xt_stride // 4)[None, :])
+    row, word = tl.arange(0, BLOCK), tl.arange(0, 32)
+    inside = (k < K)[:, None] & (word < stride - tl.program_id(1) * 32)[None, :]
+    tl.store(tile_ptr + row[:, None] * stride + word[None, :], _pack_rows(payload), mask=inside)
     tl.store(xt_dq_ptr + tl.program_id(1).to(tl.int64) * K + k, dq, mask=k < K)
 
 

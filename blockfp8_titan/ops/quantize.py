@@ -15,10 +15,11 @@ from .. import reference
 from ..formats import ALIGNMENT, BLOCK, ceil_div, round_up
 from ..recipe import ScaleFormat
 from .backend import is_datacenter, resolve_quantize_backend
-from .library import check_aligned, check_choice, check_matrix, define, launch
+from .library import check_aligned, check_choice, check_matrix, define, kernels, launch
 
 QuantizeBackend = Literal["auto", "reference"]
 
+_SCALE_FORMATS, _BACKENDS = get_args(ScaleFormat), get_args(QuantizeBackend)
 _FLOATS = (torch.bfloat16, torch.float32)
 _E4M3 = torch.float8_e4m3fn
 
@@ -42,7 +43,7 @@ def quantize_1x128(
     check_matrix("x", x, _FLOATS)
     check_aligned("x", x, 1)
     _check_choices(scale_format, backend)
-    return torch.ops.blockfp8.quantize_1x128(x, scale_format, backend)
+    return torch.ops.blockfp8.quantize_1x128.default(x, scale_format, backend)
 
 
 def quantize_1x128_both(
@@ -66,7 +67,7 @@ def quantize_1x128_both(
     check_matrix("x", x, _FLOATS)
     check_aligned("x", x, 1)
     _check_choices(scale_format, backend)
-    return torch.ops.blockfp8.quantize_1x128_both(x, scale_format, backend)
+    return torch.ops.blockfp8.quantize_1x128_both.default(x, scale_format, backend)
 
 
 def quantize_128x128(
@@ -88,7 +89,7 @@ def quantize_128x128(
     check_matrix("w", w, _FLOATS)
     check_aligned("w", w, 1)
     _check_choices(scale_format, backend)
-    return torch.ops.blockfp8.quantize_128x128(w, scale_format, backend)
+    return torch.ops.blockfp8.quantize_128x128.default(w, scale_format, backend)
 
 
 def amax_128x128_(ws: Sequence[Tensor], first_rows: Sequence[int], amax_bits: Sequence[Tensor]) -> None:
@@ -113,7 +114,7 @@ def amax_128x128_(ws: Sequence[Tensor], first_rows: Sequence[int], amax_bits: Se
         check_matrix("w", w, _FLOATS)
         check_aligned("w", w, 1)
         _check_table("amax_bits", bits, torch.int32, w, first_row)
-    torch.ops.blockfp8.amax_128x128_(ws, first_rows, amax_bits)
+    torch.ops.blockfp8.amax_128x128_.default(ws, first_rows, amax_bits)
 
 
 def quantize_rows(w: Tensor, w_dq: Tensor, first_row: int, *, backend: QuantizeBackend = "auto") -> Tensor:
@@ -130,7 +131,7 @@ def quantize_rows(w: Tensor, w_dq: Tensor, first_row: int, *, backend: QuantizeB
     check_matrix("w", w, _FLOATS)
     check_aligned("w", w, 1)
     _check_table("w_dq", w_dq, torch.float32, w, first_row)
-    return torch.ops.blockfp8.quantize_rows(w, w_dq, first_row, backend)
+    return torch.ops.blockfp8.quantize_rows.default(w, w_dq, first_row, backend)
 
 
 def _check_table(name: str, table: Tensor, dtype: torch.dtype, w: Tensor, first_row: int) -> None:
@@ -156,12 +157,12 @@ def transpose_fp8(w_q: Tensor) -> Tensor:
         ValueError: names the argument, its value and the requirement.
     """
     check_matrix("w_q", w_q, (_E4M3,))
-    return torch.ops.blockfp8.transpose_fp8(w_q)
+    return torch.ops.blockfp8.transpose_fp8.default(w_q)
 
 
 def _check_choices(scale_format: ScaleFormat, backend: QuantizeBackend) -> None:
-    check_choice("scale_format", scale_format, get_args(ScaleFormat))
-    check_choice("backend", backend, get_args(QuantizeBackend))
+    check_choice("scale_format", scale_format, _SCALE_FORMATS)
+    check_choice("backend", backend, _BACKENDS)
 
 
 # Allocation: the fake kernels are these alone, so that shapes and strides cannot differ from the real ones.
@@ -172,7 +173,9 @@ def _row_major(rows: Tensor, m: int, k: int) -> Tensor:
 
 
 def _aligned_rows(like: Tensor, m: int, k: int) -> Tensor:
-    return like.new_empty((m, round_up(k, ALIGNMENT)), dtype=_E4M3)[:, :k]
+    out = like.new_empty((m, round_up(k, ALIGNMENT)), dtype=_E4M3)
+    # A view costs host time; of a symbolic size nothing is asked, that would compile a graph for it alone.
+    return out if isinstance(k, int) and k % ALIGNMENT == 0 else out[:, :k]
 
 
 def _column_major(like: Tensor, m: int, k: int) -> Tensor:
@@ -254,7 +257,8 @@ def _use_reference(x: Tensor, backend: str) -> bool:
 
 def _rows(x: Tensor) -> Tensor:
     """x itself where its rows are contiguous, else a copy."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    along_m, along_k = x.stride()
+    return x if along_k == 1 and along_m >= x.shape[1] else x.contiguous()
 
 
 def _grid(m: int, k: int) -> tuple[int, int, int]:
@@ -264,29 +268,25 @@ def _grid(m: int, k: int) -> tuple[int, int, int]:
 def _cuda_1x128(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
     if _use_reference(x, backend):
         return _reference_1x128(x, scale_format, backend)
-    from ..kernels.quantize import _quantize_1x128_kernel
-
     x_q, x_dq = _allocate_1x128(x, scale_format, backend)
     x = _rows(x)
     M, K = x.shape
     if M:
         args = (x, x_q, x_dq, M, K, x.stride(0))
-        launch(_quantize_1x128_kernel, _grid(M, K), args, (scale_format == "pow2",), num_warps=8)
+        launch(kernels("quantize")._quantize_1x128_kernel, _grid(M, K), args, (scale_format == "pow2",), num_warps=8)
     return x_q, x_dq
 
 
 def _cuda_1x128_both(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
     if _use_reference(x, backend):
         return _reference_1x128_both(x, scale_format, backend)
-    from ..kernels.quantize import _quantize_1x128_both_kernel
-
     x_q, x_dq, xt_q, xt_dq = _allocate_1x128_both(x, scale_format, backend)
     x = _rows(x)
     M, K = x.shape
     if M:
         padded = xt_q.stride(0) != M
         launch(
-            _quantize_1x128_both_kernel,
+            kernels("quantize")._quantize_1x128_both_kernel,
             _grid(M, K),
             (x, x_q, x_dq, xt_q, xt_dq, M, K, x.stride(0), xt_q.stride(0)),
             (padded, scale_format == "pow2"),
@@ -300,14 +300,12 @@ def _cuda_1x128_both(x: Tensor, scale_format: ScaleFormat, backend: str) -> tupl
 def _cuda_128x128(w: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
     if _use_reference(w, backend):
         return _reference_128x128(w, scale_format, backend)
-    from ..kernels.quantize import _quantize_128x128_kernel
-
     w_q, w_dq = _allocate_128x128(w, scale_format, backend)
     w = _rows(w)
     N, K = w.shape
     if N:
         args = (w, w_q, w_dq, N, K, w.stride(0))
-        launch(_quantize_128x128_kernel, _grid(N, K), args, (scale_format == "pow2",), num_warps=8)
+        launch(kernels("quantize")._quantize_128x128_kernel, _grid(N, K), args, (scale_format == "pow2",), num_warps=8)
     return w_q, w_dq
 
 
@@ -319,40 +317,39 @@ def _shard_grid(first_row: int, m: int, k: int) -> tuple[int, int, int]:
 def _cuda_amax_128x128_(ws: Sequence[Tensor], first_rows: Sequence[int], amax_bits: Sequence[Tensor]) -> None:
     if ws and _use_reference(ws[0], "auto"):
         return _reference_amax_128x128_(ws, first_rows, amax_bits)
-    from ..kernels.quantize import _amax_128x128_kernel
-
     for w, first_row, bits in zip(ws, first_rows, amax_bits, strict=True):
         w = _rows(w)
         M, K = w.shape
         if M:
             args = (w, bits, M, K, w.stride(0), first_row)
-            launch(_amax_128x128_kernel, _shard_grid(first_row, M, K), args, num_warps=4)
+            launch(kernels("quantize")._amax_128x128_kernel, _shard_grid(first_row, M, K), args, num_warps=4)
 
 
 def _cuda_rows(w: Tensor, w_dq: Tensor, first_row: int, backend: str) -> Tensor:
     if _use_reference(w, backend):
         return _reference_rows(w, w_dq, first_row, backend)
-    from ..kernels.quantize import _quantize_rows_kernel
-
     w_q = _allocate_rows(w, w_dq, first_row, backend)
     w = _rows(w)
     M, K = w.shape
     if M:
         args = (w, w_dq, w_q, M, K, w.stride(0), first_row)
-        launch(_quantize_rows_kernel, _shard_grid(first_row, M, K), args, num_warps=8)
+        launch(kernels("quantize")._quantize_rows_kernel, _shard_grid(first_row, M, K), args, num_warps=8)
     return w_q
 
 
 def _cuda_transpose(w_q: Tensor) -> Tensor:
     if _use_reference(w_q, "auto"):
         return _reference_transpose(w_q)
-    from ..kernels.quantize import _transpose_kernel
-
     out = _allocate_transposed(w_q)
     w_q = _rows(w_q)
     N, K = w_q.shape
     if w_q.numel():
-        launch(_transpose_kernel, _grid(N, K), (w_q, out, N, K, w_q.stride(0), out.stride(0)), num_warps=8)
+        launch(
+            kernels("quantize")._transpose_kernel,
+            _grid(N, K),
+            (w_q, out, N, K, w_q.stride(0), out.stride(0)),
+            num_warps=8,
+        )
     return out
 
 
