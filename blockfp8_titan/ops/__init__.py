@@ -1,22 +1,35 @@
 """Custom ops of blockwise-fp8 training (namespace `blockfp8`): checked, compilable, CUDA and CPU."""
 
 from .gemm import gemm_1x128_1x128, gemm_1x128_128x128
+from .producers import (
+    Layout,
+    rms_norm_quantize_1x128,
+    swiglu_backward_quantize_1x128_both,
+    swiglu_quantize_1x128,
+)
 from .quantize import (
-    amax_128x128_,
     quantize_1x128,
     quantize_1x128_both,
+    quantize_1x128_columns,
     quantize_128x128,
-    quantize_rows,
+    quantize_128x128_both,
     transpose_fp8,
 )
+from .shards import amax_128x128_, quantize_rows
 
 __all__ = [
+    "Layout",
     "amax_128x128_",
     "gemm_1x128_1x128",
     "gemm_1x128_128x128",
     "quantize_1x128",
     "quantize_1x128_both",
+    "quantize_1x128_columns",
     "quantize_128x128",
+    "quantize_128x128_both",
     "quantize_rows",
+    "rms_norm_quantize_1x128",
+    "swiglu_backward_quantize_1x128_both",
+    "swiglu_quantize_1x128",
     "transpose_fp8",
 ]

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..formats import ALIGNMENT
 
+FLOATS = (torch.bfloat16, torch.float32)
+"""What the quantising ops take."""
+
 _library = torch.library.Library("blockfp8", "DEF")
 
 
@@ -55,7 +58,7 @@ def kernels(module: str) -> ModuleType:
 def launch(
     kernel: Any,
     grid: tuple[int, int, int],
-    args: tuple[Tensor | int, ...],
+    args: tuple[Tensor | int | float, ...],
     constants: tuple[int | bool, ...] = (),
     **options: int | bool | None,
 ) -> None:
@@ -70,7 +73,7 @@ def launch(
         options: num_warps and its like; they must follow from kernel, device and constants.
     """
     device = args[0].get_device()
-    values: list[int] = []
+    values: list[int | float] = []
     # What Triton compiles differently for: a tensor's dtype and alignment; 1, multiples of 16 and 64-bit numbers. The function
     # stands for its kernel, whose hash costs a microsecond.
     key: list[object] = [kernel.fn, device, constants]
@@ -78,6 +81,8 @@ def launch(
         if isinstance(arg, int):
             values.append(arg)
             key.append((arg % 16 == 0) + 2 * (arg == 1) + 4 * (arg >= 2**31))
+        elif isinstance(arg, float):
+            values.append(arg)
         else:
             # Addresses spare the launcher a call of the driver for each tensor.
             values.append(address := arg.data_ptr())
