@@ -1,6 +1,13 @@
 """Custom ops of blockwise-fp8 training (namespace `blockfp8`): checked, compilable, CUDA and CPU."""
 
 from .gemm import gemm_1x128_1x128, gemm_1x128_128x128
+from .producers import (
+    quantize_1x128_columns,
+    quantize_128x128_both,
+    rms_norm_quantize_1x128,
+    swiglu_backward_quantize_1x128_both,
+    swiglu_quantize_1x128,
+)
 from .quantize import (
     amax_128x128_,
     quantize_1x128,
@@ -16,7 +23,12 @@ __all__ = [
     "gemm_1x128_128x128",
     "quantize_1x128",
     "quantize_1x128_both",
+    "quantize_1x128_columns",
     "quantize_128x128",
+    "quantize_128x128_both",
     "quantize_rows",
+    "rms_norm_quantize_1x128",
+    "swiglu_backward_quantize_1x128_both",
+    "swiglu_quantize_1x128",
     "transpose_fp8",
 ]
