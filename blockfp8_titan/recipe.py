@@ -30,3 +30,8 @@ class Recipe:
             value, allowed = getattr(self, field.name), get_args(field.type)
             if value not in allowed:
                 raise ValueError(f"{field.name} = {value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+    @property
+    def quantize_backend(self) -> Literal["auto", "reference"]:
+        """Who quantises for that GEMM backend."""
+        return "reference" if self.gemm_backend == "reference" else "auto"

@@ -1,0 +1,17 @@
+"""What activation checkpointing computes again in backward, and what it keeps."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """How a module behaves under activation checkpointing."""
+
+    columns_apart: bool = False
+    """
+    Quantise for the forward GEMM and for dw by two ops instead of one. Compiled under a checkpoint, forward then runs the first
+    alone and backward the second; otherwise each would run both and drop half.
+    """
+
+    output: bool = False
+    """Of a linear: selective checkpointing by op computes the output of its forward GEMM again instead of keeping it."""
