@@ -1,9 +1,11 @@
 """An activation that is quantised once, where it is made, for all linears that multiply it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from . import ops
@@ -56,7 +58,7 @@ class QuantizedInput:
         return self.columns
 
 
-def carrier_like(x: Tensor, *shape: int) -> Tensor:
+def carrier_like(x: Tensor, shape: Sequence[int]) -> Tensor:
     """NaN of this shape, dtype and device at the cost of one element: a reader of values that are not there finds out."""
     return x.new_full((), math.nan).expand(shape)
 
@@ -81,3 +83,10 @@ def quantize_input(x: Tensor, recipe: Recipe, *, columns: bool, columns_apart: b
     else:
         quantized = ops.quantize_1x128_both(x_2d, recipe.scale_format, **options)
     return QuantizedInput(x, quantized[:2], quantized[2:] or None, recipe.scale_format)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches a module's inputs, outputs or gradients: a fused neighbour would not show them the tensors they know."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

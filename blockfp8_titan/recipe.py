@@ -35,3 +35,8 @@ class Recipe:
     def quantize_backend(self) -> Literal["auto", "reference"]:
         """Who quantises for that GEMM backend."""
         return "reference" if self.gemm_backend == "reference" else "auto"
+
+    def quantizes_like(self, other: "Recipe") -> bool:
+        """Whether what the one quantises for y and dw the other can multiply."""
+        keys = [(recipe.wgrad, recipe.scale_format, recipe.quantize_backend) for recipe in (self, other)]
+        return keys[0] == keys[1]

@@ -2,6 +2,7 @@
 
 from .gemm import gemm_1x128_1x128, gemm_1x128_128x128
 from .producers import (
+    Layout,
     quantize_1x128_columns,
     quantize_128x128_both,
     rms_norm_quantize_1x128,
@@ -18,6 +19,7 @@ from .quantize import (
 )
 
 __all__ = [
+    "Layout",
     "amax_128x128_",
     "gemm_1x128_1x128",
     "gemm_1x128_128x128",

@@ -1,5 +1,7 @@
 """TEMPORARY: compositions in plain PyTorch behind the signatures of the fused producers of branch `producers`, which replaces this file."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,8 @@ from .quantize import (
     quantize_1x128,
     quantize_1x128_both,
 )
+
+Layout = Literal["rows", "columns", "both"]
 
 
 def _columns(x: Tensor, scale_format: str, backend: str) -> list[Tensor]:
