@@ -10,9 +10,9 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
 from .fqns import collapse
-from .fusion import Fuse, Fusion, apply_fusions, describe_fusions, plan_fusions
+from .fusion import Fusion, apply_fusions, describe_fusions, plan_fusions
 from .linear import BlockwiseFP8Linear
-from .recipe import Recipe
+from .recipe import Fuse, Recipe
 from .rules import PlacedRule, Rule, check_rules_apply, decide, rules_from
 from .weight import gather_in_fp8
 

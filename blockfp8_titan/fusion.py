@@ -10,9 +10,7 @@ from .activation import has_hooks
 from .feed_forward import Member, fuse_feed_forward, obstacle
 from .fqns import collapse
 from .norm import quantize_output_of
-from .recipe import Recipe
-
-Fuse = Literal["auto", "off"]
+from .recipe import Fuse, Recipe
 
 _MODELS = "torchtitan.models"
 _LLAMA_LIKE = [f"{_MODELS}.{name}.model.model" for name in ("llama3", "llama4", "qwen3")]
@@ -104,9 +102,7 @@ def _plan_norm(
     fqn = _join(block_fqn, name)
     norm, consumer = getattr(block, name, None), getattr(block, into, None)
     if consumer is None or _class_name(consumer) not in CONSUMERS:
-        reason = (
-            f"it feeds no known {into}" if consumer is None else f"{into} is a {type(consumer).__name__} of its own"
-        )
+        reason = f"its block has no {into}" if consumer is None else f"{into} is an unknown {type(consumer).__name__}"
         return Fusion(fqn, "norm", (), False, reason)
     linears = {
         n: linear for n in CONSUMERS[_class_name(consumer)] if (linear := getattr(consumer, n, None)) is not None

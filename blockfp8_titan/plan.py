@@ -18,7 +18,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
 from .conversion import ConversionReport, gather_notes, gather_obstacles, plan_conversion
-from .converter import NAME, check_job, note_on_gathers, note_on_tensor_parallelism, section_of
+from .converter import NAME, check_job, fuse_beside, notes_on_job, section_of
 from .shards import Sharding, simulate
 
 
@@ -54,12 +54,10 @@ def plan(job_config: JobConfig, model: nn.Module) -> ConversionReport:
     degree = parallelism.tensor_parallel_degree
     check_job(job_config, degree)
     section = section_of(job_config)
-    report = plan_conversion(model, section.all_rules(), recipe=section.recipe())
+    report = plan_conversion(model, section.all_rules(), recipe=section.recipe(), fuse=fuse_beside(section, degree))
     # The number of ranks is not known here: -1 shards over all that there are.
     fsdp = parallelism.data_parallel_shard_degree != 1 or parallelism.context_parallel_degree > 1
-    report = report.with_notes(*note_on_tensor_parallelism(report, degree))
-    if fsdp:
-        report = report.with_notes(*note_on_gathers(section, degree))
+    report = report.with_notes(*notes_on_job(report, job_config, degree, fsdp))
     if fsdp and degree == 1 and section.fp8_all_gather:
         report = report.with_notes(*gather_notes(report, gather_obstacles(model, report)))
     return report

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 GemmBackend = Literal["auto", "triton", "cublas", "reference"]
 WeightGradient = Literal["fp8", "bf16", "fp8_block"]
 ScaleFormat = Literal["fp32", "pow2"]
+Fuse = Literal["auto", "off"]
 
 
 @dataclass(frozen=True)

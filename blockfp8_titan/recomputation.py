@@ -1,6 +1,10 @@
 """What activation checkpointing computes again in backward, and what it keeps."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+ActivationSave = Literal["gemm", "balanced", "none"]
+"""Which outputs of forward fp8 GEMMs selective checkpointing by op keeps; see `checkpointing`."""
 
 
 @dataclass(frozen=True)
