@@ -274,11 +274,18 @@ def pair(device="cpu", dtype=torch.float32, layers=1, **sizes):
 
 
 @pytest.mark.parametrize(
-    "name, dtype, least", [("llama3", torch.float32, 45), ("llama3", torch.bfloat16, 25), ("qwen3", torch.float32, 45)]
+    "name, layers, dtype, least",
+    [
+        ("llama3", 2, torch.float32, 45),
+        ("llama3", 2, torch.bfloat16, 25),
+        ("qwen3", 2, torch.float32, 45),
+        ("llama4", 1, torch.float32, 45),
+        ("deepseek_v3", 1, torch.float32, 45),
+    ],
 )
 @pytest.mark.parametrize("device", DEVICES)
-def test_fused_models_compute_what_unfused_ones_do(device, dtype, least, name):
-    fused, plain = pair(device, dtype, layers=2, name=name)
+def test_fused_models_compute_what_unfused_ones_do(device, name, layers, dtype, least):
+    fused, plain = pair(device, dtype, layers, name=name)
     tokens = tokens_for(fused)
     truth, values = step(plain, tokens), step(fused, tokens)
     assert all(value.isfinite().all() for value in values.values())
