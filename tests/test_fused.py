@@ -278,7 +278,7 @@ def pair(device="cpu", dtype=torch.float32, layers=1, **sizes):
     [
         ("llama3", 2, torch.float32, 45),
         ("llama3", 2, torch.bfloat16, 25),
-        ("qwen3", 2, torch.float32, 45),
+        ("qwen3", 2, torch.float32, 40),
         ("llama4", 1, torch.float32, 45),
         ("deepseek_v3", 1, torch.float32, 45),
     ],
