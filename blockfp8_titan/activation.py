@@ -72,7 +72,7 @@ def quantize_input(x: Tensor, recipe: Recipe, *, columns: bool, columns_apart: b
         columns: dw will be asked for.
         columns_apart: see `Recomputation`.
     """
-    x_2d, options = x.detach().reshape(-1, x.shape[-1]), {"backend": recipe.quantize_backend}
+    x_2d, options = x.reshape(-1, x.shape[-1]), {"backend": recipe.quantize_backend}
     if not columns:
         quantized: tuple[Tensor, ...] = ops.quantize_1x128(x_2d, recipe.scale_format, **options)
     elif columns_apart:

@@ -38,7 +38,7 @@ class KnownWeight(NamedTuple):
     def along_rows(self, recipe: Recipe) -> tuple[Tensor, Tensor]:
         """w's payload and multipliers, for y."""
         if self.w_q is None:
-            return ops.quantize_128x128(self.w.detach(), recipe.scale_format, backend=recipe.quantize_backend)
+            return ops.quantize_128x128(self.w, recipe.scale_format, backend=recipe.quantize_backend)
         return self.w_q, self.w_dq
 
     def along_columns(self, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ def check_operands(x: Tensor | QuantizedInput, w: Tensor, recipe: Recipe) -> Non
 @torch.no_grad()
 def _kept_for_dw(x: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor | None]:
     """What dw takes of x where that is not x's columns in fp8."""
-    x_2d = x.detach().reshape(-1, x.shape[-1])
+    x_2d = x.reshape(-1, x.shape[-1])
     if recipe.wgrad == "bf16":
         return x_2d, None
     _, xb_dq, xbt_q = ops.quantize_128x128_both(x_2d, recipe.scale_format, backend=recipe.quantize_backend)
