@@ -70,7 +70,7 @@ class _RMSNorm(torch.autograd.Function):
         refuse_double_backward()
         x, weight, rstd = ctx.saved_tensors
         wants_dx, wants_dw = ctx.needs_input_grad[:2]
-        if dy.is_cuda and not torch.compiler.is_compiling():
+        if dy.is_cuda and dy.numel() and not torch.compiler.is_compiling():
             rstd = rstd.view(*x.shape[:-1], 1)
             mask = [wants_dx, wants_dw]
             return *torch.ops.aten._fused_rms_norm_backward(dy, x, weight.shape, rstd, weight, mask), None
