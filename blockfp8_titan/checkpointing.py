@@ -4,8 +4,6 @@ import torch.nn as nn
 
 from .conversion import ConversionReport, Row
 from .fqns import collapse
-from .linear import BlockwiseFP8Linear
-from .norm import QuantizingRMSNorm
 from .recomputation import ActivationSave, Recomputation
 
 
@@ -51,13 +49,17 @@ def prepare_for_checkpointing(
 
     Args:
         report: of the conversion.
-        ac_save: see `recomputed_outputs`.
+        ac_save: see `recomputed_outputs`; "none" where checkpointing recomputes everything.
         columns_apart: see `Recomputation`; for blocks that are compiled and checkpointed.
     """
-    modules = {model.get_submodule(row.fqn) for row in recomputed_outputs(report, ac_save)}
-    for module in model.modules():
-        if isinstance(module, (BlockwiseFP8Linear, QuantizingRMSNorm)):
-            module.recomputation = Recomputation(columns_apart, output=module in modules)
+    recomputed = {fqn for row in recomputed_outputs(report, ac_save) for fqn in (row.fqn, *row.aliases)}
+    for row in report.rows:
+        if row.in_fp8:
+            model.get_submodule(row.fqn).recomputation = Recomputation(columns_apart, row.fqn in recomputed)
+    for fusion in report.fusions:
+        if fusion.fused and fusion.kind == "norm":
+            output = not recomputed.isdisjoint(fusion.linears)
+            model.get_submodule(fusion.fqn).recomputation = Recomputation(columns_apart, output)
 
 
 def checkpointing_note(report: ConversionReport, ac_save: ActivationSave) -> str:

@@ -21,6 +21,7 @@ from .conversion import ConversionReport, convert_model, gather_weights_in_fp8
 from .formats import BLOCK
 from .ops.backend import describe_gemm_backend
 from .recipe import Fuse
+from .recomputation import ActivationSave
 from .weight import refresh_scales
 from .weight_cache import cache_weights, drop_cached_weights
 
@@ -64,6 +65,13 @@ def checkpoints_by_op(job_config: JobConfig) -> bool:
     """Whether selective activation checkpointing decides op by op."""
     checkpointing = job_config.activation_checkpoint
     return checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op"
+
+
+def ac_save_of(job_config: JobConfig) -> ActivationSave:
+    """What to tell `prepare_for_checkpointing`."""
+    if checkpoints_by_op(job_config):
+        return section_of(job_config).ac_save
+    return "none" if job_config.activation_checkpoint.mode == "full" else "gemm"
 
 
 def columns_apart(job_config: JobConfig) -> bool:
@@ -181,7 +189,7 @@ class BlockwiseFP8Converter:
         prepare_for_checkpointing(
             model,
             report,
-            self.section.ac_save if checkpoints_by_op(self.job_config) else "gemm",
+            ac_save_of(self.job_config),
             columns_apart=columns_apart(self.job_config),
         )
         report = report.with_notes(*notes_on_job(report, self.job_config, self.tensor_parallel_degree, self.fsdp))

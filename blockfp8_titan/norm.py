@@ -43,18 +43,19 @@ class QuantizingRMSNorm(nn.RMSNorm):
     def _quantize(self, x: Tensor, weight: Tensor, columns: bool) -> tuple[Tensor, ...]:
         """Payload and multipliers of x's rows, the same of its columns if asked for, and rstd [M]."""
 
-        def run(layout: ops.Layout) -> tuple[Tensor, ...]:
+        def run(layout: ops.Layout, rstd: Tensor | None = None) -> tuple[Tensor, ...]:
+            recipe = self.recipe
             return ops.rms_norm_quantize_1x128(
-                x, weight, self.eps, layout, self.recipe.scale_format, backend=self.recipe.quantize_backend
+                x, weight, self.eps, layout, recipe.scale_format, rstd=rstd, backend=recipe.quantize_backend
             )
 
         if not columns:
             return run("rows")
         if not self.recomputation.columns_apart:
             return run("both")
-        *rows, _ = run("rows")
-        # Its own rstd, so that a backward that recomputes the columns need not run the other op for it.
-        return *rows, *run("columns")
+        *rows, rstd = run("rows")
+        # Where backward has no use for the rows, it need not run the first op again for rstd alone.
+        return *rows, *run("columns", rstd if self.recomputation.output else None)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -18,4 +18,7 @@ class Recomputation:
     """
 
     output: bool = False
-    """Of a linear: selective checkpointing by op computes the output of its forward GEMM again instead of keeping it."""
+    """
+    Of a linear: checkpointing computes the output of its forward GEMM again instead of keeping it. Of a norm: that of a linear that
+    multiplies its result, so that backward needs the rows again too.
+    """

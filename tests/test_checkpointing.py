@@ -169,7 +169,10 @@ def test_a_compiled_block_without_checkpoint_quantises_once_into_both():
 @pytest.mark.parametrize("ac_save, again", [("gemm", 0), ("balanced", 3), ("none", 6)])
 def test_what_a_compiled_checkpoint_keeps(ac_save, again):
     forward, backward = compiled_step(ac_save, columns_apart=True)
-    assert graph_calls(backward).gemms == 14 + again
+    calls = graph_calls(backward)
+    assert calls.gemms == 14 + again
+    # Columns of both norms, and rows of those whose linears are recomputed.
+    assert calls.calls["rms_norm_quantize_1x128"] == (2 if ac_save == "gemm" else 4)
     M, K, N = 256, 256, 768
     # The block's result; attention's result and its log-sum-exp; and outputs of GEMMs: all but w2's are 4 K + 2 N.
     outputs = graph_outputs(forward)
