@@ -72,20 +72,24 @@ def quantize_1x128(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tenso
     return x_q.flatten(1)[:, :K], x_dq
 
 
-def quantize_1x128_both(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantise x along its rows and, separately, its transpose along the rows of that.
+def quantize_1x128_columns(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor]:
+    """Quantise the transpose of x along its rows.
 
     Args:
         x: [M, K] bf16 or fp32.
     Returns:
-        x_q, x_dq: as `quantize_1x128(x)`.
         xt_q, xt_dq: as `quantize_1x128(x.t())`: [K, M] float8_e4m3fn and [K, ceil(M/128)] fp32.
     """
     M, K = x.shape
     # Transposed as bytes, after the cast.
     columns = F.pad(x.float(), (0, 0, 0, -M % BLOCK)).view(ceil_div(M, BLOCK), BLOCK, K)
     xt_q, xt_dq = _quantize_blocks(columns, 1, scale_format)
-    return *quantize_1x128(x, scale_format), xt_q.flatten(0, 1)[:M].t(), xt_dq.t()
+    return xt_q.flatten(0, 1)[:M].t(), xt_dq.t()
+
+
+def quantize_1x128_both(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_1x128` and `quantize_1x128_columns` of x [M, K]: x_q, x_dq, xt_q, xt_dq."""
+    return *quantize_1x128(x, scale_format), *quantize_1x128_columns(x, scale_format)
 
 
 def _blocks(w: Tensor, first_row: int) -> Tensor:
@@ -150,6 +154,42 @@ def quantize_rows(w: Tensor, w_dq: Tensor, first_row: int = 0) -> Tensor:
 def transpose_fp8(w_q: Tensor) -> Tensor:
     """[N, K] float8_e4m3fn -> [K, N], row-major."""
     return w_q.t().contiguous()
+
+
+def quantize_128x128_both(w: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_128x128` of w [N, K], and `transpose_fp8` of its payload: w_q, w_dq, wt_q."""
+    w_q, w_dq = quantize_128x128(w, scale_format)
+    return w_q, w_dq, transpose_fp8(w_q)
+
+
+def rms_norm_rstd(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) of each row of x [M, K]: [M] fp32."""
+    return torch.rsqrt(x.float().square().mean(1) + eps)
+
+
+def rms_norm(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    """x * rstd * weight in fp32, rounded once to x's dtype.
+
+    Args:
+        x: [M, K] bf16 or fp32.
+        rstd: [M] fp32.
+        weight: [K] bf16 or fp32.
+    """
+    return (x.float() * rstd[:, None] * weight.float()).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up in fp32, rounded once to gate's dtype; any shape."""
+    return (gate.float() * torch.sigmoid(gate.float()) * up.float()).to(gate.dtype)
+
+
+def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up in fp32, rounded once to gate's dtype; any shape."""
+    dtype = gate.dtype
+    dh, gate, up = dh.float(), gate.float(), up.float()
+    s = torch.sigmoid(gate)
+    silu = gate * s
+    return (dh * (up * (s + silu * (1 - s)))).to(dtype), (dh * silu).to(dtype)
 
 
 def dequantize_1x128(q: Tensor, dq: Tensor) -> Tensor:

@@ -15,10 +15,13 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from blockfp8_titan import ops, reference
+from blockfp8_titan.kernels import producers as producer_kernels
 from blockfp8_titan.kernels import quantize as quantize_kernels
+from blockfp8_titan.kernels import tiles
 from blockfp8_titan.numerics import relative_error
+from blockfp8_titan.ops import backend, library, shards
 from blockfp8_titan.ops import gemm as gemm_ops
-from blockfp8_titan.ops import library
+from blockfp8_titan.ops import producers as producer_ops
 from blockfp8_titan.ops import quantize as quantize_ops
 
 from .data import KINDS, bits, draw
@@ -54,11 +57,12 @@ def amax_bits(x, axis: tl.constexpr):
 
 
 def on_cpu():
-    quantize_kernels.amax_bits = amax_bits
+    for kernels in (quantize_kernels, producer_kernels, tiles):
+        kernels.amax_bits = amax_bits
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_fma = fma
     library.on_device_of = lambda x: contextlib.nullcontext()
-    quantize_ops.resolve_quantize_backend = lambda device: "triton"
+    backend.resolve_quantize_backend = lambda device: "triton"
     gemm_ops.resolve_gemm_backend = lambda backend, device, kind: "triton"
     gemm_ops.is_hopper = lambda device: False
     torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=2, major=9)
@@ -69,7 +73,9 @@ def check_quantize(kind, shape, dtype, scale_format):
     for run, twin in (
         (quantize_ops._cuda_1x128, reference.quantize_1x128),
         (quantize_ops._cuda_1x128_both, reference.quantize_1x128_both),
+        (quantize_ops._cuda_1x128_columns, reference.quantize_1x128_columns),
         (quantize_ops._cuda_128x128, reference.quantize_128x128),
+        (quantize_ops._cuda_128x128_both, reference.quantize_128x128_both),
     ):
         for i, (out, expected) in enumerate(zip(run(x, scale_format, "auto"), twin(x, scale_format), strict=True)):
             assert torch.equal(bits(out), bits(expected)), (twin.__name__, i, kind, shape, dtype, scale_format)
@@ -82,9 +88,9 @@ def check_shards(kind, whole, split):
     table = torch.zeros_like(w_dq, dtype=torch.int32)
     for first_row, rows in ((0, w[:split]), (split, w[split:])):
         bits_of_rows = torch.zeros_like(table)
-        quantize_ops._cuda_amax_128x128_([rows], [first_row], [bits_of_rows])
+        shards._cuda_amax_128x128_([rows], [first_row], [bits_of_rows])
         table = torch.maximum(table, bits_of_rows)
-        w_q = quantize_ops._cuda_rows(rows, w_dq, first_row, "auto")
+        w_q = shards._cuda_rows(rows, w_dq, first_row, "auto")
         assert torch.equal(bits(w_q), bits(reference.quantize_rows(rows, w_dq, first_row))), (kind, whole, split)
     amax = reference.amax_128x128(w)
     assert torch.equal(table, amax.view(torch.int32) & 0x7FFFFFFF), (kind, whole, split)

@@ -1,80 +1,19 @@
-"""Quantisation and transposition kernels, portable. One program handles one 128x128 tile.
-
-Operands are row-major; row strides are in elements. Rows and columns past the edge load as zero, which no maximum notices.
-"""
+"""Quantisation and transposition kernels, portable. One program handles one 128x128 tile; see `tiles` for what they share."""
 
 import triton
 import triton.language as tl
 
-from ..formats import BLOCK as _BLOCK
 from .scaling import amax_bits, block_multiplier, quantize, reciprocal
-
-BLOCK = tl.constexpr(_BLOCK)
-
-
-@triton.jit
-def _tile(M, K):
-    """Offsets and mask of this program's tile of an [M, K] matrix; neighbouring programs walk along a row of tiles."""
-    m = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    return m, k, (m < M)[:, None] & (k < K)[None, :]
+from .tiles import BLOCK, store_columns, store_rows, store_transposed, this_tile, tile, tile_in_runs
 
 
 @triton.jit
 def _quantize_1x128_kernel(x_ptr, x_q_ptr, x_dq_ptr, M, K, x_stride, POW2: tl.constexpr):
     """x [M, K] -> x_q [M, K] and x_dq [ceil(K/128), M]."""
-    m, k, mask = _tile(M, K)
+    row, column = this_tile()
+    m, k, mask = tile(row, column, M, K)
     x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    _store_rows(x, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
-
-
-@triton.jit
-def _store_rows(x, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2: tl.constexpr):
-    """Quantise a tile's rows and store payload and multipliers."""
-    dq = block_multiplier(amax_bits(x, 1), POW2)
-    tl.store(x_q_ptr + m[:, None] * K + k[None, :], quantize(x, dq[:, None], reciprocal(dq)[:, None]), mask=mask)
-    tl.store(x_dq_ptr + tl.program_id(0).to(tl.int64) * M + m, dq, mask=m < M)
-
-
-@triton.jit
-def _tile_by_eights(M, K):
-    """As `_tile`, with rows in the order 0, 8, 16, ..., 120, 1, 9, ...: any order does, since a tile is one group of rows.
-
-    With Triton's layout for 16-byte loads by four warps a thread then holds runs of eight neighbouring rows, and packs four
-    payloads of a column into a word without leaving its registers. What goes through shared memory to be transposed is words, not
-    bytes.
-    """
-    p = tl.arange(0, BLOCK)
-    m = tl.program_id(1).to(tl.int64) * BLOCK + p % 16 * 8 + p // 16
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    return m, k, (m < M)[:, None] & (k < K)[None, :]
-
-
-@triton.jit
-def _pack_rows(payload):
-    """uint8 [128 rows as `_tile_by_eights` orders them, 128 columns] -> int32 [128 columns, 32]: four rows in a word."""
-    bytes_of_words = payload.to(tl.int32).reshape(2, 4, 16, BLOCK)
-    shift = (tl.arange(0, 4) * 8)[None, :, None, None]
-    # A sum of numbers without common bits is their union.
-    return tl.sum(bytes_of_words << shift, 1).permute(2, 1, 0).reshape(BLOCK, 32)
-
-
-@triton.jit
-def _store_columns(x, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, PADDED: tl.constexpr, POW2: tl.constexpr):
-    """Quantise the columns of a tile in the order of `_tile_by_eights` and store them transposed, with their multipliers."""
-    dq = block_multiplier(amax_bits(x, 0), POW2)
-    payload = quantize(x, dq[None, :], reciprocal(dq)[None, :]).to(tl.uint8, bitcast=True)
-    if PADDED:
-        # Rows past M are zero, but in a block that holds NaN zero times its multiplier is NaN too.
-        payload = tl.where((m < M)[:, None], payload, 0)
-    word = tl.program_id(1).to(tl.int64) * 32 + tl.arange(0, 32)
-    words = (
-        xt_q_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        + k[:, None].to(tl.int64) * (xt_stride // 4)
-        + word[None, :]
-    )
-    tl.store(words, _pack_rows(payload), mask=(k < K)[:, None] & (word < xt_stride // 4)[None, :])
-    tl.store(xt_dq_ptr + tl.program_id(1).to(tl.int64) * K + k, dq, mask=k < K)
+    store_rows(x, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
 
 
 @triton.jit
@@ -88,6 +27,7 @@ def _quantize_1x128_both_kernel(
     K,
     x_stride,
     xt_stride,
+    RUN: tl.constexpr,
     PADDED: tl.constexpr,
     POW2: tl.constexpr,
 ):
@@ -95,21 +35,63 @@ def _quantize_1x128_both_kernel(
 
     PADDED: xt_stride > M; columns of xt_q past M become zero. xt_stride is a multiple of 16.
     """
-    m, k, mask = _tile_by_eights(M, K)
+    row, column = this_tile()
+    m, k, mask = tile_in_runs(row, column, M, K, RUN)
     x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    _store_rows(x, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
-    _store_columns(x, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, PADDED, POW2)
+    store_rows(x, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
+    store_columns(x, row, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
+
+
+@triton.jit
+def _quantize_1x128_columns_kernel(
+    x_ptr, xt_q_ptr, xt_dq_ptr, M, K, x_stride, xt_stride, RUN: tl.constexpr, PADDED: tl.constexpr, POW2: tl.constexpr
+):
+    """x [M, K] -> the last two results of `_quantize_1x128_both_kernel`."""
+    row, column = this_tile()
+    m, k, mask = tile_in_runs(row, column, M, K, RUN)
+    x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    store_columns(x, row, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
 
 
 @triton.jit
 def _quantize_128x128_kernel(w_ptr, w_q_ptr, w_dq_ptr, N, K, w_stride, POW2: tl.constexpr):
     """w [N, K] -> w_q [N, K] and w_dq [ceil(N/128), ceil(K/128)]."""
-    n, k, mask = _tile(N, K)
+    row, column = this_tile()
+    n, k, mask = tile(row, column, N, K)
     w = tl.load(w_ptr + n[:, None] * w_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(w_q_ptr + n[:, None] * K + k[None, :], _quantize_block(w, row, column, w_dq_ptr, POW2), mask=mask)
+
+
+@triton.jit
+def _quantize_block(w, row, column, w_dq_ptr, POW2: tl.constexpr):
+    """The payload of a tile that shares one multiplier, which is stored."""
     dq = block_multiplier(tl.max(amax_bits(w, 1), 0), POW2)
-    w_q = quantize(w, dq, reciprocal(dq))
+    tl.store(w_dq_ptr + row * tl.num_programs(0) + column, dq)
+    return quantize(w, dq, reciprocal(dq))
+
+
+@triton.jit
+def _quantize_128x128_both_kernel(
+    w_ptr,
+    w_q_ptr,
+    w_dq_ptr,
+    wt_q_ptr,
+    N,
+    K,
+    w_stride,
+    wt_stride,
+    RUN: tl.constexpr,
+    POW2: tl.constexpr,
+):
+    """w [N, K] -> w_q [N, K], w_dq [ceil(N/128), ceil(K/128)] and wt_q [K, wt_stride], zero past N; wt_stride is a multiple of 16."""
+    row, column = this_tile()
+    n, k, mask = tile_in_runs(row, column, N, K, RUN)
+    w = tl.load(w_ptr + n[:, None] * w_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    w_q = _quantize_block(w, row, column, w_dq_ptr, POW2)
+    # Masked as if padded, always: the assembler (ptxas 12.8, 13.1) crashes where bytes that it converted in pairs are both stored
+    # as they are and taken apart.
+    store_transposed(w_q, row, n, k, wt_q_ptr, N, K, wt_stride, RUN, True)
     tl.store(w_q_ptr + n[:, None] * K + k[None, :], w_q, mask=mask)
-    tl.store(w_dq_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), dq)
 
 
 @triton.jit
@@ -146,7 +128,8 @@ def _transpose_kernel(x_ptr, xt_ptr, M, K, x_stride, xt_stride):
     """e4m3 x [M, K] -> xt [K, xt_stride >= M], zero past M; moved as bytes."""
     x_ptr = x_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
     xt_ptr = xt_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
-    m, k, mask = _tile(M, K)
+    row, column = this_tile()
+    m, k, mask = tile(row, column, M, K)
     x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0)
     xt_ptrs = xt_ptr + k[:, None].to(tl.int64) * xt_stride + m[None, :]
     tl.store(xt_ptrs, tl.trans(x), mask=(k < K)[:, None] & (m < xt_stride)[None, :])

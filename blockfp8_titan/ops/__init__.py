@@ -3,20 +3,19 @@
 from .gemm import gemm_1x128_1x128, gemm_1x128_128x128
 from .producers import (
     Layout,
-    quantize_1x128_columns,
-    quantize_128x128_both,
     rms_norm_quantize_1x128,
     swiglu_backward_quantize_1x128_both,
     swiglu_quantize_1x128,
 )
 from .quantize import (
-    amax_128x128_,
     quantize_1x128,
     quantize_1x128_both,
+    quantize_1x128_columns,
     quantize_128x128,
-    quantize_rows,
+    quantize_128x128_both,
     transpose_fp8,
 )
+from .shards import amax_128x128_, quantize_rows
 
 __all__ = [
     "Layout",

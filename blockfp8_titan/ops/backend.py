@@ -4,11 +4,13 @@ from functools import cache
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from ..recipe import GemmBackend
 from .library import check_choice
 
 ResolvedBackend = Literal["triton", "cublas", "reference"]
+QuantizeBackend = Literal["auto", "reference"]
 GemmKind = Literal["1x128_128x128", "1x128_1x128"]
 _Y_AND_DX, _DW = get_args(GemmKind)
 
@@ -86,6 +88,11 @@ def resolve_gemm_backend(requested: GemmBackend, device: torch.device, kind: Gem
 def resolve_quantize_backend(device: torch.device) -> Literal["triton", "reference"]:
     """The backend that quantises on this device: Triton wherever it runs."""
     return "triton" if triton_obstacle(device) is None else "reference"
+
+
+def use_reference(x: Tensor, backend: QuantizeBackend) -> bool:
+    """Whether a quantising op takes plain PyTorch for this CUDA tensor."""
+    return backend == "reference" or resolve_quantize_backend(x.device) == "reference"
 
 
 def describe_gemm_backend(requested: GemmBackend, device: torch.device) -> str:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..formats import ALIGNMENT
 
+FLOATS = (torch.bfloat16, torch.float32)
+"""What the quantising ops take."""
+
 _library = torch.library.Library("blockfp8", "DEF")
 
 
@@ -43,7 +46,7 @@ _compiled: dict[tuple[object, ...], Any] = {}
 def launch(
     kernel: Any,
     grid: tuple[int, int, int],
-    args: tuple[Tensor | int, ...],
+    args: tuple[Tensor | int | float, ...],
     constants: tuple[int | bool, ...] = (),
     **options: int | bool | None,
 ) -> None:

@@ -1,126 +1,347 @@
-"""TEMPORARY: compositions in plain PyTorch behind the signatures of the fused producers of branch `producers`, which replaces this file."""
+"""Ops that compute and quantise in one pass: RMSNorm, SwiGLU and its gradients. Checks, allocation, launch.
 
-from typing import Literal
+What is quantised is the result rounded to its inputs' dtype, as unfused ops would write it; it is never written itself. Quantised
+tensors lie in memory as those of `quantize_1x128_both` do.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..formats import BLOCK, ceil_div
 from ..recipe import ScaleFormat
-from .library import define
-from .quantize import (
-    QuantizeBackend,
-    _aligned_rows,
-    _allocate_1x128,
-    _allocate_128x128,
-    _column_major,
-    _fill,
-    quantize_1x128,
-    quantize_1x128_both,
-)
+from .backend import QuantizeBackend, is_datacenter, use_reference
+from .layouts import aligned_rows, contiguous_rows, fill, group_multipliers, row_major, tiles
+from .library import FLOATS, check_choice, define, launch
+from .quantize import check_quantizable
 
 Layout = Literal["rows", "columns", "both"]
+"""Which results of `quantize_1x128_both`: the first two, the last two, or all four."""
 
 
-def _columns(x: Tensor, scale_format: str, backend: str) -> list[Tensor]:
-    return list(torch.ops.blockfp8.quantize_1x128_both(x, scale_format, backend)[2:])
+def rms_norm_quantize_1x128(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    layout: Layout = "both",
+    scale_format: ScaleFormat = "fp32",
+    *,
+    rstd: Tensor | None = None,
+    backend: QuantizeBackend = "auto",
+) -> tuple[Tensor, ...]:
+    """Quantise y = x * rstd * weight with rstd = 1 / sqrt(mean(x^2) + eps) of each row: fp32 inside, y rounded once to x's dtype.
+
+    "rows" reads x once, so does "columns" where rstd is given; else x is read twice.
+
+    Args:
+        x: [M, K] bf16 or fp32; K % 16 == 0.
+        weight: [K] bf16 or fp32.
+        eps: at least 0.
+        layout: along which of its dimensions y is quantised; see `Layout`.
+        scale_format: "fp32", or "pow2" to round multipliers up to powers of two.
+        rstd: [M] fp32, what an earlier call returned; None to compute it.
+    Returns:
+        y_q, y_dq:   with "rows" and "both", as `quantize_1x128(y)`.
+        yt_q, yt_dq: with "columns" and "both", as `quantize_1x128_columns(y)`.
+        rstd: [M] fp32; the one given, if one was.
+    Raises:
+        ValueError: names the argument, its value and the requirement.
+    """
+    check_quantizable(scale_format, backend, x=x)
+    check_choice("layout", layout, get_args(Layout))
+    _check_vector("weight", weight, FLOATS, x, 1)
+    if rstd is not None:
+        _check_vector("rstd", rstd, (torch.float32,), x, 0)
+    if not eps >= 0:
+        raise ValueError(f"eps = {eps}: must be at least 0")
+    outs = torch.ops.blockfp8.rms_norm_quantize_1x128(x, weight, eps, layout, scale_format, rstd, backend)
+    return tuple(outs) if rstd is None else (*outs, rstd)
 
 
-def _quantized(x: Tensor, layout: str, scale_format: str, backend: str) -> list[Tensor]:
-    if layout == "rows":
-        return list(quantize_1x128(x, scale_format, backend=backend))
-    if layout == "columns":
-        return _columns(x, scale_format, backend)
-    return list(quantize_1x128_both(x, scale_format, backend=backend))
+def swiglu_quantize_1x128(
+    gate: Tensor,
+    up: Tensor,
+    layout: Layout = "both",
+    scale_format: ScaleFormat = "fp32",
+    *,
+    backend: QuantizeBackend = "auto",
+) -> tuple[Tensor, ...]:
+    """Quantise h = silu(gate) * up: fp32 inside, h rounded once to gate's dtype, as inductor's fused product is.
 
-
-def _allocate(x: Tensor, layout: str) -> list[Tensor]:
-    M, K = x.shape
-    rows = list(_allocate_1x128(x, "", "")) if layout != "columns" else []
-    columns = [_aligned_rows(x, K, M), _column_major(x, K, M)] if layout != "rows" else []
-    return rows + columns
-
-
-def _impl_columns(x, scale_format, backend):
-    with torch.no_grad():
-        return tuple(_columns(x.contiguous(), scale_format, backend))
-
-
-def _impl_norm(x, weight, eps, layout, scale_format, rstd, backend):
-    if rstd is None:
-        rstd = (x.float().square().mean(-1) + eps).rsqrt()
-    y = (x.float() * rstd[:, None] * weight.float()).to(x.dtype)
-    return [*_quantized(y, layout, scale_format, backend), rstd.clone()]
-
-
-def _impl_swiglu(gate, up, layout, scale_format, backend):
-    h = (F.silu(gate.float()) * up.float()).to(gate.dtype)
-    return _quantized(h, layout, scale_format, backend)
-
-
-def _impl_swiglu_backward(dh, gate, up, scale_format, backend):
-    dh32, g, u = dh.float(), gate.float(), up.float()
-    s = g.sigmoid()
-    dgate = (dh32 * u * (s + g * s * (1 - s))).to(gate.dtype)
-    dup = (dh32 * g * s).to(gate.dtype)
-    return _quantized(dgate, "both", scale_format, backend) + _quantized(dup, "both", scale_format, backend)
-
-
-def _impl_weight(w, scale_format, backend):
-    w_q, w_dq = torch.ops.blockfp8.quantize_128x128(w, scale_format, backend)
-    return w_q, w_dq, _fill(_aligned_rows(w, w.shape[1], w.shape[0]), reference.transpose_fp8(w_q))
-
-
-for _schema, _impl, _fake in (
-    (
-        "quantize_1x128_columns(Tensor x, str scale_format, str backend) -> (Tensor, Tensor)",
-        _impl_columns,
-        lambda x, scale_format, backend: tuple(_allocate(x, "columns")),
-    ),
-    (
-        "rms_norm_quantize_1x128(Tensor x, Tensor weight, float eps, str layout, str scale_format, Tensor? rstd, str backend) -> Tensor[]",
-        _impl_norm,
-        lambda x, weight, eps, layout, scale_format, rstd, backend: [
-            *_allocate(x, layout),
-            x.new_empty(x.shape[0], dtype=torch.float32),
-        ],
-    ),
-    (
-        "swiglu_quantize_1x128(Tensor gate, Tensor up, str layout, str scale_format, str backend) -> Tensor[]",
-        _impl_swiglu,
-        lambda gate, up, layout, scale_format, backend: _allocate(gate, layout),
-    ),
-    (
-        "swiglu_backward_quantize_1x128_both(Tensor dh, Tensor gate, Tensor up, str scale_format, str backend) -> Tensor[]",
-        _impl_swiglu_backward,
-        lambda dh, gate, up, scale_format, backend: _allocate(gate, "both") + _allocate(gate, "both"),
-    ),
-    (
-        "quantize_128x128_both(Tensor w, str scale_format, str backend) -> (Tensor, Tensor, Tensor)",
-        _impl_weight,
-        lambda w, scale_format, backend: (*_allocate_128x128(w, "", ""), _aligned_rows(w, w.shape[1], w.shape[0])),
-    ),
-):
-    define(_schema, reference=_impl, cuda=_impl, fake=_fake)
-
-
-def quantize_1x128_columns(x: Tensor, scale_format: ScaleFormat = "fp32", *, backend: QuantizeBackend = "auto"):
-    return torch.ops.blockfp8.quantize_1x128_columns(x, scale_format, backend)
-
-
-def rms_norm_quantize_1x128(x, weight, eps, layout="both", scale_format="fp32", *, rstd=None, backend="auto"):
-    return tuple(torch.ops.blockfp8.rms_norm_quantize_1x128(x, weight, eps, layout, scale_format, rstd, backend))
-
-
-def swiglu_quantize_1x128(gate, up, layout="both", scale_format="fp32", *, backend="auto"):
+    Args:
+        gate, up: [M, K] bf16 or fp32, both of one dtype; K % 16 == 0.
+        layout: along which of its dimensions h is quantised; see `Layout`.
+        scale_format: "fp32", or "pow2" to round multipliers up to powers of two.
+    Returns:
+        h_q, h_dq:   with "rows" and "both", as `quantize_1x128(h)`.
+        ht_q, ht_dq: with "columns" and "both", as `quantize_1x128_columns(h)`.
+    Raises:
+        ValueError: names the argument, its value and the requirement.
+    """
+    check_quantizable(scale_format, backend, gate=gate, up=up)
+    check_choice("layout", layout, get_args(Layout))
+    _check_alike("gate", gate, up=up)
     return tuple(torch.ops.blockfp8.swiglu_quantize_1x128(gate, up, layout, scale_format, backend))
 
 
-def swiglu_backward_quantize_1x128_both(dh, gate, up, scale_format="fp32", *, backend="auto"):
-    out = torch.ops.blockfp8.swiglu_backward_quantize_1x128_both(dh, gate, up, scale_format, backend)
-    return tuple(out[:4]), tuple(out[4:])
+def swiglu_backward_quantize_1x128_both(
+    dh: Tensor, gate: Tensor, up: Tensor, scale_format: ScaleFormat = "fp32", *, backend: QuantizeBackend = "auto"
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Quantise the gradients of gate and up in h = silu(gate) * up: fp32 inside, both rounded once to gate's dtype.
+
+    dup = dh silu(gate);  dgate = dh up (s + silu(gate) (1 - s)) with s = sigmoid(gate)
+
+    Args:
+        dh, gate, up: [M, K] bf16 or fp32, all of one dtype; K % 16 == 0.
+        scale_format: "fp32", or "pow2" to round multipliers up to powers of two.
+    Returns:
+        dgate and dup, each as `quantize_1x128_both` of it.
+    Raises:
+        ValueError: names the argument, its value and the requirement.
+    """
+    check_quantizable(scale_format, backend, dh=dh, gate=gate, up=up)
+    _check_alike("gate", gate, dh=dh, up=up)
+    outs = torch.ops.blockfp8.swiglu_backward_quantize_1x128_both(dh, gate, up, scale_format, backend)
+    return outs[:4], outs[4:]
 
 
-def quantize_128x128_both(w: Tensor, scale_format: ScaleFormat = "fp32", *, backend: QuantizeBackend = "auto"):
-    return torch.ops.blockfp8.quantize_128x128_both(w, scale_format, backend)
+def _check_vector(name: str, vector: Tensor, dtypes: tuple[torch.dtype, ...], x: Tensor, dim: int) -> None:
+    """Raises ValueError unless vector has an element for each of x in this dimension, and autograd does not follow it."""
+    if vector.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires a gradient, which a quantising op does not have: call it under torch.no_grad() or detach {name}"
+        )
+    if vector.shape != x.shape[dim : dim + 1]:
+        raise ValueError(f"{name} has shape {tuple(vector.shape)}: must be ({x.shape[dim]},) for x of {tuple(x.shape)}")
+    if vector.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {vector.dtype}: must be {' or '.join(map(str, dtypes))}")
+    if vector.device != x.device:
+        raise ValueError(f"{name} is on {vector.device} and x on {x.device}: must be on one device")
+
+
+def _check_alike(name: str, x: Tensor, **others: Tensor) -> None:
+    """Raises ValueError unless all have x's shape, dtype and device; others are named as the arguments are."""
+    for other, y in others.items():
+        for what in ("shape", "dtype", "device"):
+            if getattr(y, what) != getattr(x, what):
+                raise ValueError(
+                    f"{other} and {name} differ in {what}, {getattr(y, what)} and {getattr(x, what)}: must have the same"
+                )
+
+
+# Allocation, which is the fake kernels as well
+
+
+def _allocate(like: Tensor, layout: Layout) -> list[Tensor]:
+    M, K = like.shape
+    rows = [row_major(like, M, K), group_multipliers(like, M, K)] if layout != "columns" else []
+    columns = [aligned_rows(like, K, M), group_multipliers(like, K, M)] if layout != "rows" else []
+    return rows + columns
+
+
+def _allocate_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, layout: Layout, scale_format: str, rstd: Tensor | None, backend: str
+) -> list[Tensor]:
+    new_rstd = [x.new_empty(x.shape[:1], dtype=torch.float32)] if rstd is None else []
+    return _allocate(x, layout) + new_rstd
+
+
+def _allocate_swiglu(gate: Tensor, up: Tensor, layout: Layout, scale_format: str, backend: str) -> list[Tensor]:
+    return _allocate(gate, layout)
+
+
+def _allocate_swiglu_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, scale_format: str, backend: str
+) -> tuple[Tensor, ...]:
+    return *_allocate(gate, "both"), *_allocate(gate, "both")
+
+
+# Reference
+
+
+def _quantize(y: Tensor, layout: Layout, scale_format: ScaleFormat) -> list[Tensor]:
+    quantizers: dict[Layout, Callable[..., tuple[Tensor, ...]]] = {
+        "rows": reference.quantize_1x128,
+        "columns": reference.quantize_1x128_columns,
+        "both": reference.quantize_1x128_both,
+    }
+    return list(map(fill, _allocate(y, layout), quantizers[layout](y, scale_format)))
+
+
+def _reference_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, layout: Layout, scale_format: ScaleFormat, rstd: Tensor | None, backend: str
+) -> list[Tensor]:
+    new_rstd = [reference.rms_norm_rstd(x, eps)] if rstd is None else []
+    y = reference.rms_norm(x, *(new_rstd or [rstd]), weight)
+    return _quantize(y, layout, scale_format) + new_rstd
+
+
+def _reference_swiglu(
+    gate: Tensor, up: Tensor, layout: Layout, scale_format: ScaleFormat, backend: str
+) -> list[Tensor]:
+    return _quantize(reference.swiglu(gate, up), layout, scale_format)
+
+
+def _reference_swiglu_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, scale_format: ScaleFormat, backend: str
+) -> tuple[Tensor, ...]:
+    dgate, dup = reference.swiglu_backward(dh, gate, up)
+    return *_quantize(dgate, "both", scale_format), *_quantize(dup, "both", scale_format)
+
+
+# CUDA
+
+_WHOLE_ROWS = 16384
+"""The longest rows of which a program holds a whole one in its registers."""
+
+
+def _launch_tiles(
+    kernel: Any,
+    inputs: tuple[Tensor, ...],
+    layout: Layout,
+    outs: Sequence[Tensor],
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    scale_format: ScaleFormat,
+) -> None:
+    """Launch a kernel that has a program for each tile and stores the layouts asked for."""
+    M, K = shape
+    pointers = outs if layout == "both" else (*outs, *outs)  # those that the kernel does not use have to be something
+    yt_stride = outs[-2].stride(0)
+    padded = layout != "rows" and yt_stride != M
+    warps, registers = 8, 128 if layout == "both" else None
+    if layout == "columns":
+        # Half of the warps need fewer instructions; more than 168 registers would leave room for two programs, not three.
+        warps, registers = 4, 168 if not padded and inputs[0].dtype == torch.bfloat16 else None
+    launch(
+        kernel,
+        tiles(M, K),
+        (*inputs, *pointers, M, K, *strides, yt_stride),
+        (32 // warps, layout != "columns", layout != "rows", padded, scale_format == "pow2"),
+        num_warps=warps,
+        maxnreg=registers if is_datacenter(inputs[0].device) else None,
+    )
+
+
+def _cuda_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, layout: Layout, scale_format: ScaleFormat, rstd: Tensor | None, backend: str
+) -> list[Tensor]:
+    if use_reference(x, backend):
+        return _reference_rms_norm(x, weight, eps, layout, scale_format, rstd, backend)
+    outs = _allocate(x, layout)
+    new_rstd = [x.new_empty(x.shape[:1], dtype=torch.float32)] if rstd is None else []
+    if x.shape[0]:
+        x, weight = contiguous_rows(x), weight.contiguous()
+        if rstd is None and layout == "rows" and x.shape[1] <= _WHOLE_ROWS:
+            _rms_norm_whole_rows(x, weight, *new_rstd, eps, outs, scale_format)
+        else:
+            if rstd is None:
+                _rms_norm_rstd(x, *new_rstd, eps)
+            _rms_norm_tiles(x, weight, *(new_rstd or [rstd.contiguous()]), layout, outs, scale_format)
+    return outs + new_rstd
+
+
+def _rms_norm_whole_rows(
+    x: Tensor, weight: Tensor, rstd: Tensor, eps: float, outs: Sequence[Tensor], scale_format: ScaleFormat
+) -> None:
+    from ..kernels.producers import _rms_norm_rows_kernel
+
+    M, K = x.shape
+    block_k = max(_power_of_two(K), BLOCK)
+    block_m = max(8192 // block_k, 1)
+    launch(
+        _rms_norm_rows_kernel,
+        (ceil_div(M, block_m), 1, 1),
+        (x, weight, rstd, *outs, M, K, x.stride(0), eps),
+        (scale_format == "pow2", block_m, block_k),
+        num_warps=4 if block_k <= 8192 else 8,
+    )
+
+
+def _power_of_two(n: int) -> int:
+    """The least power of two not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _rms_norm_rstd(x: Tensor, rstd: Tensor, eps: float) -> None:
+    from ..kernels.producers import _rms_norm_rstd_kernel
+
+    M, K = x.shape
+    block_m, block_k = 4, 2048
+    launch(
+        _rms_norm_rstd_kernel,
+        (ceil_div(M, block_m), 1, 1),
+        (x, rstd, M, K, x.stride(0), eps),
+        (block_m, block_k),
+        num_warps=4,
+    )
+
+
+def _rms_norm_tiles(
+    x: Tensor, weight: Tensor, rstd: Tensor, layout: Layout, outs: Sequence[Tensor], scale_format: ScaleFormat
+) -> None:
+    from ..kernels.producers import _rms_norm_tile_kernel
+
+    _launch_tiles(_rms_norm_tile_kernel, (x, weight, rstd), layout, outs, x.shape, (x.stride(0),), scale_format)
+
+
+def _cuda_swiglu(gate: Tensor, up: Tensor, layout: Layout, scale_format: ScaleFormat, backend: str) -> list[Tensor]:
+    if use_reference(gate, backend):
+        return _reference_swiglu(gate, up, layout, scale_format, backend)
+    from ..kernels.producers import _swiglu_kernel
+
+    outs = _allocate(gate, layout)
+    gate, up = contiguous_rows(gate), contiguous_rows(up)
+    if gate.shape[0]:
+        strides = (gate.stride(0), up.stride(0))
+        _launch_tiles(_swiglu_kernel, (gate, up), layout, outs, gate.shape, strides, scale_format)
+    return outs
+
+
+def _cuda_swiglu_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, scale_format: ScaleFormat, backend: str
+) -> tuple[Tensor, ...]:
+    if use_reference(gate, backend):
+        return _reference_swiglu_backward(dh, gate, up, scale_format, backend)
+    from ..kernels.producers import _swiglu_backward_kernel
+
+    outs = _allocate_swiglu_backward(dh, gate, up, scale_format, backend)
+    dh, gate, up = map(contiguous_rows, (dh, gate, up))
+    M, K = gate.shape
+    if M:
+        columns, rows, _ = tiles(M, K)
+        strides = (dh.stride(0), gate.stride(0), up.stride(0), outs[2].stride(0))
+        launch(
+            _swiglu_backward_kernel,
+            (2 * columns, rows, 1),
+            (dh, gate, up, *outs, M, K, *strides),
+            (4, outs[2].stride(0) != M, scale_format == "pow2"),
+            num_warps=8,
+            maxnreg=128 if is_datacenter(gate.device) else None,
+        )
+    return outs
+
+
+define(
+    "rms_norm_quantize_1x128(Tensor x, Tensor weight, float eps, str layout, str scale_format, Tensor? rstd, str backend)"
+    " -> Tensor[]",
+    reference=_reference_rms_norm,
+    cuda=_cuda_rms_norm,
+    fake=_allocate_rms_norm,
+)
+define(
+    "swiglu_quantize_1x128(Tensor gate, Tensor up, str layout, str scale_format, str backend) -> Tensor[]",
+    reference=_reference_swiglu,
+    cuda=_cuda_swiglu,
+    fake=_allocate_swiglu,
+)
+define(
+    "swiglu_backward_quantize_1x128_both(Tensor dh, Tensor gate, Tensor up, str scale_format, str backend)"
+    f" -> ({', '.join(['Tensor'] * 8)})",
+    reference=_reference_swiglu_backward,
+    cuda=_cuda_swiglu_backward,
+    fake=_allocate_swiglu_backward,
+)

@@ -1,0 +1,228 @@
+"""Kernels that compute what is then quantised: RMSNorm, SwiGLU and its gradients. The result itself is never written.
+
+It is computed in fp32 and rounded once to its inputs' dtype, so that what is quantised is what an unfused kernel would have written.
+ROWS and COLUMNS say which layouts are stored; pointers of the other are not used. Names and layouts as in `quantize` and `tiles`.
+"""
+
+import triton
+import triton.language as tl
+
+from .scaling import amax_bits, block_multiplier, quantize, reciprocal
+from .tiles import BLOCK, store_columns, store_rows, this_tile, tile_in_runs
+
+MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) in fp32, to a few units in the last place.
+
+    A reciprocal by way of its root: `/` guards against divisors that do not occur here, with three more instructions.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(x * MINUS_LOG2_E))
+    return root * root
+
+
+@triton.jit
+def swiglu(gate, up):
+    """silu(gate) * up, all fp32."""
+    return gate * sigmoid(gate) * up
+
+
+@triton.jit
+def swiglu_backward(dh, gate, up, of_gate):
+    """The gradient of gate where of_gate, else that of up, all fp32."""
+    s = sigmoid(gate)
+    silu = gate * s
+    return dh * tl.where(of_gate, up * tl.fma(silu, 1.0 - s, s), silu)
+
+
+@triton.jit
+def _round_to(x, ptr):
+    """x, fp32, rounded to the dtype that ptr points to, as fp32."""
+    return x.to(ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _store(
+    y,
+    row,
+    column,
+    m,
+    k,
+    mask,
+    y_q_ptr,
+    y_dq_ptr,
+    yt_q_ptr,
+    yt_dq_ptr,
+    M,
+    K,
+    yt_stride,
+    RUN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PADDED: tl.constexpr,
+    POW2: tl.constexpr,
+):
+    """Quantise a tile in the order of `tile_in_runs`, and store it in the layouts asked for."""
+    if ROWS:
+        store_rows(y, column, m, k, mask, y_q_ptr, y_dq_ptr, M, K, POW2)
+    if COLUMNS:
+        store_columns(y, row, m, k, yt_q_ptr, yt_dq_ptr, M, K, yt_stride, RUN, PADDED, POW2)
+
+
+@triton.jit
+def _swiglu_kernel(
+    gate_ptr,
+    up_ptr,
+    h_q_ptr,
+    h_dq_ptr,
+    ht_q_ptr,
+    ht_dq_ptr,
+    M,
+    K,
+    gate_stride,
+    up_stride,
+    ht_stride,
+    RUN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PADDED: tl.constexpr,
+    POW2: tl.constexpr,
+):
+    """gate, up [M, K] -> h = silu(gate) * up, quantised."""
+    row, column = this_tile()
+    m, k, mask = tile_in_runs(row, column, M, K, RUN)
+    gate = tl.load(gate_ptr + m[:, None] * gate_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + m[:, None] * up_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    h = _round_to(swiglu(gate, up), gate_ptr)
+    _store(
+        h, row, column, m, k, mask, h_q_ptr, h_dq_ptr, ht_q_ptr, ht_dq_ptr, M, K, ht_stride, RUN, ROWS, COLUMNS, PADDED, POW2
+    )  # fmt: skip
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    dh_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_q_ptr,
+    dgate_dq_ptr,
+    dgatet_q_ptr,
+    dgatet_dq_ptr,
+    dup_q_ptr,
+    dup_dq_ptr,
+    dupt_q_ptr,
+    dupt_dq_ptr,
+    M,
+    K,
+    dh_stride,
+    gate_stride,
+    up_stride,
+    xt_stride,
+    RUN: tl.constexpr,
+    PADDED: tl.constexpr,
+    POW2: tl.constexpr,
+):
+    """dh, gate, up [M, K] -> the gradients of gate and up, quantised along rows and columns; xt_stride is that of both transposes.
+
+    A program has a tile of one of the two: with both it would need more registers than leave room for a second program. Its
+    neighbour has the same tile of the other, and finds what both read in L2.
+    """
+    row, column = tl.program_id(1), tl.program_id(0) // 2
+    of_gate = tl.program_id(0) % 2 == 0
+    m, k, mask = tile_in_runs(row, column, M, K, RUN)
+    dh = tl.load(dh_ptr + m[:, None] * dh_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + m[:, None] * gate_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + m[:, None] * up_stride + k[None, :], mask=mask & of_gate, other=0.0).to(tl.float32)
+    dx = _round_to(swiglu_backward(dh, gate, up, of_gate), gate_ptr)
+    if of_gate:
+        x_q_ptr, x_dq_ptr, xt_q_ptr, xt_dq_ptr = dgate_q_ptr, dgate_dq_ptr, dgatet_q_ptr, dgatet_dq_ptr
+    else:
+        x_q_ptr, x_dq_ptr, xt_q_ptr, xt_dq_ptr = dup_q_ptr, dup_dq_ptr, dupt_q_ptr, dupt_dq_ptr
+    store_rows(dx, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
+    store_columns(dx, row, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
+
+
+@triton.jit
+def normalise(x, rstd, weight):
+    """x * rstd * weight, all fp32, in the order of the PyTorch twin: no rounding differs."""
+    return x * rstd * weight
+
+
+@triton.jit
+def _rms_norm_rows_kernel(
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    y_q_ptr,
+    y_dq_ptr,
+    M,
+    K,
+    x_stride,
+    eps,
+    POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x [M, K], weight [K] -> rstd [M]; y = x * rstd * weight, quantised along rows. A program has whole rows: BLOCK_K >= K."""
+    GROUPS: tl.constexpr = BLOCK_K // BLOCK
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    mask = (m < M)[:, None] & (k < K)[None, :]
+    x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / K + eps)
+    tl.store(rstd_ptr + m, rstd, mask=m < M)
+    y = _round_to(normalise(x, rstd[:, None], weight[None, :]), x_ptr)
+    groups = y.reshape(BLOCK_M, GROUPS, BLOCK)
+    dq = block_multiplier(amax_bits(groups, 2), POW2)
+    y_q = quantize(groups, dq[:, :, None], reciprocal(dq)[:, :, None]).reshape(BLOCK_M, BLOCK_K)
+    tl.store(y_q_ptr + m[:, None] * K + k[None, :], y_q, mask=mask)
+    group = tl.arange(0, GROUPS)
+    in_matrix = (m < M)[:, None] & (group * BLOCK < K)[None, :]
+    tl.store(y_dq_ptr + group[None, :].to(tl.int64) * M + m[:, None], dq, mask=in_matrix)
+
+
+@triton.jit
+def _rms_norm_rstd_kernel(x_ptr, rstd_ptr, M, K, x_stride, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x [M, K] -> rstd [M] = rsqrt(mean(x^2) + eps), fp32."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        mask = (m < M)[:, None] & (k < K)[None, :]
+        x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        squares += x * x
+    tl.store(rstd_ptr + m, tl.rsqrt(tl.sum(squares, 1) / K + eps), mask=m < M)
+
+
+@triton.jit
+def _rms_norm_tile_kernel(
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    y_q_ptr,
+    y_dq_ptr,
+    yt_q_ptr,
+    yt_dq_ptr,
+    M,
+    K,
+    x_stride,
+    yt_stride,
+    RUN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PADDED: tl.constexpr,
+    POW2: tl.constexpr,
+):
+    """x [M, K], weight [K], rstd [M] -> y = x * rstd * weight, quantised."""
+    row, column = this_tile()
+    m, k, mask = tile_in_runs(row, column, M, K, RUN)
+    x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + m, mask=m < M, other=0.0)
+    weight = tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    y = _round_to(normalise(x, rstd[:, None], weight[None, :]), x_ptr)
+    _store(
+        y, row, column, m, k, mask, y_q_ptr, y_dq_ptr, yt_q_ptr, yt_dq_ptr, M, K, yt_stride, RUN, ROWS, COLUMNS, PADDED, POW2
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""What kernels that quantise share: where a 128x128 tile lies, and how a tile is quantised and stored along rows and columns.
+
+Operands are row-major; row strides are in elements. Rows and columns past the edge load as zero, which no maximum notices.
+"""
+
+import triton
+import triton.language as tl
+
+from ..formats import BLOCK as _BLOCK
+from .scaling import amax_bits, block_multiplier, quantize, reciprocal
+
+BLOCK = tl.constexpr(_BLOCK)
+
+
+@triton.jit
+def this_tile():
+    """The row and column of this program's tile; neighbouring programs walk along a row of tiles."""
+    return tl.program_id(1), tl.program_id(0)
+
+
+@triton.jit
+def tile(row, column, M, K):
+    """Offsets and mask of a tile of an [M, K] matrix: the one in this row and column of tiles."""
+    m = row.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    k = column * BLOCK + tl.arange(0, BLOCK)
+    return m, k, (m < M)[:, None] & (k < K)[None, :]
+
+
+@triton.jit
+def tile_in_runs(row, column, M, K, RUN: tl.constexpr):
+    """As `tile`, with rows in the order 0, RUN, 2 RUN, ..., 1, RUN + 1, ...: any order does, since a tile is one group of rows.
+
+    In the layout that Triton gives a tile whose payload is stored by 16 bytes, a thread then holds runs of neighbouring rows, eight
+    with four warps and four with eight, and packs four payloads of a column into a word without leaving its registers. What goes
+    through shared memory to be transposed is words, not bytes.
+    """
+    p = tl.arange(0, BLOCK)
+    m = row.to(tl.int64) * BLOCK + p % (BLOCK // RUN) * RUN + p // (BLOCK // RUN)
+    k = column * BLOCK + tl.arange(0, BLOCK)
+    return m, k, (m < M)[:, None] & (k < K)[None, :]
+
+
+@triton.jit
+def store_rows(x, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2: tl.constexpr):
+    """Quantise a tile's rows and store payload and multipliers."""
+    dq = block_multiplier(amax_bits(x, 1), POW2)
+    tl.store(x_q_ptr + m[:, None] * K + k[None, :], quantize(x, dq[:, None], reciprocal(dq)[:, None]), mask=mask)
+    tl.store(x_dq_ptr + column.to(tl.int64) * M + m, dq, mask=m < M)
+
+
+@triton.jit
+def store_columns(
+    x, row, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN: tl.constexpr, PADDED: tl.constexpr, POW2: tl.constexpr
+):
+    """Quantise the columns of a tile in the order of `tile_in_runs` and store them transposed, with their multipliers."""
+    dq = block_multiplier(amax_bits(x, 0), POW2)
+    store_transposed(
+        quantize(x, dq[None, :], reciprocal(dq)[None, :]), row, m, k, xt_q_ptr, M, K, xt_stride, RUN, PADDED
+    )
+    tl.store(xt_dq_ptr + row.to(tl.int64) * K + k, dq, mask=k < K)
+
+
+@triton.jit
+def store_transposed(payload, row, m, k, xt_q_ptr, M, K, xt_stride, RUN: tl.constexpr, PADDED: tl.constexpr):
+    """Store a tile's payload, in the order of `tile_in_runs`, as part of [K, xt_stride].
+
+    PADDED: xt_stride > M; columns past M become zero. xt_stride is a multiple of 16.
+    """
+    payload = payload.to(tl.uint8, bitcast=True)
+    if PADDED:
+        # Rows past M are zero, but in a block that holds NaN zero times its multiplier is NaN too.
+        payload = tl.where((m < M)[:, None], payload, 0)
+    word = row.to(tl.int64) * 32 + tl.arange(0, 32)
+    words = (
+        xt_q_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        + k[:, None].to(tl.int64) * (xt_stride // 4)
+        + word[None, :]
+    )
+    tl.store(words, _pack_rows(payload, RUN), mask=(k < K)[:, None] & (word < xt_stride // 4)[None, :])
+
+
+@triton.jit
+def _pack_rows(payload, RUN: tl.constexpr):
+    """uint8 [128 rows as `tile_in_runs` orders them, 128 columns] -> int32 [128 columns, 32]: four rows in a word."""
+    halves = _join(payload.to(tl.int32).reshape(RUN // 2, 2, BLOCK // RUN, BLOCK), 8)
+    words = _join(halves.reshape(RUN // 4, 2, BLOCK // RUN, BLOCK), 16)
+    return words.permute(2, 1, 0).reshape(BLOCK, 32)
+
+
+@triton.jit
+def _join(pairs, BITS: tl.constexpr):
+    """int32 numbers of so many bits in pairs along axis 1, the lower half first -> one number of each pair."""
+    shift = (tl.arange(0, 2) * BITS)[None, :, None, None]
+    # A sum of numbers without common bits is their union.
+    return tl.sum(pairs << shift, 1)

@@ -1,0 +1,50 @@
+"""How quantised tensors lie in memory.
+
+The fake kernels allocate with these functions alone, so that shapes and strides cannot differ from the real ones.
+"""
+
+import torch
+from torch import Tensor
+
+from ..formats import ALIGNMENT, BLOCK, ceil_div, round_up
+
+E4M3 = torch.float8_e4m3fn
+
+
+def row_major(like: Tensor, m: int, k: int) -> Tensor:
+    """A payload."""
+    return like.new_empty((m, k), dtype=E4M3)
+
+
+def aligned_rows(like: Tensor, m: int, k: int) -> Tensor:
+    """A transposed payload: rows at multiples of 16 bytes."""
+    return like.new_empty((m, round_up(k, ALIGNMENT)), dtype=E4M3)[:, :k]
+
+
+def group_multipliers(like: Tensor, m: int, k: int) -> Tensor:
+    """Multipliers of 1x128 groups of an [m, k] payload, m-contiguous."""
+    return like.new_empty_strided((m, ceil_div(k, BLOCK)), (1, m), dtype=torch.float32)
+
+
+def block_multipliers(like: Tensor, n: int, k: int) -> Tensor:
+    """Multipliers of 128x128 blocks of an [n, k] payload, row-major."""
+    return like.new_empty((ceil_div(n, BLOCK), ceil_div(k, BLOCK)), dtype=torch.float32)
+
+
+def fill(out: Tensor, value: Tensor) -> Tensor:
+    """value in out's layout, zeros in the padding of its rows; value itself where it has that layout already."""
+    if out.is_contiguous() and value.stride() == out.stride():
+        return value
+    if out.dtype == E4M3 and out.numel() and out.stride(0) != out.shape[1]:
+        out.as_strided((out.shape[0], out.stride(0)), (out.stride(0), 1)).view(torch.uint8).zero_()
+    return out.copy_(value)
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x itself where its rows are contiguous, else a copy."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def tiles(m: int, k: int) -> tuple[int, int, int]:
+    """A grid with one program for each 128x128 tile of an [m, k] matrix."""
+    return ceil_div(k, BLOCK), ceil_div(m, BLOCK), 1
