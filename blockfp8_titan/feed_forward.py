@@ -6,7 +6,7 @@ h        [M,F] = silu(gate) * up:        dx  = dgate w1 + dup w3
 """
 
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -38,12 +38,6 @@ class GatedFeedForward(nn.Module):
 
     Where it cannot be followed (hooks on members, DTensors, a recipe changed since) it is the original forward, unfused.
     """
-
-    original: ClassVar[type[nn.Module]]
-
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
-        """For pickles, which find classes by name."""
-        return _restore, (self.original,), vars(self)
 
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:
         gate, down, up = self.w1, self.w2, self.w3
@@ -176,9 +170,4 @@ def fuse_feed_forward(module: nn.Module) -> None:
 
 @cache
 def _fused(original: type[nn.Module]) -> type[nn.Module]:
-    return type(original.__name__, (GatedFeedForward, original), {"original": original, "__doc__": original.__doc__})
-
-
-def _restore(original: type[nn.Module]) -> nn.Module:
-    fused = _fused(original)
-    return fused.__new__(fused)
+    return type(original.__name__, (GatedFeedForward, original), {"__doc__": original.__doc__})

@@ -1,7 +1,6 @@
 """Modules that quantise what they compute: QuantizingRMSNorm, GatedFeedForward, and the linears that take a QuantizedInput."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -392,7 +391,7 @@ def test_copies_and_state_dicts():
     fused, plain = pair()
     assert isinstance(fused.layers["0"].ffn_norm, QuantizingRMSNorm)
     assert list(fused.state_dict()) == list(plain.state_dict()) == list(model_of(layers=1).state_dict())
-    copied = pickle.loads(pickle.dumps(copy.deepcopy(fused)))
+    copied = copy.deepcopy(fused)
     assert isinstance(copied.layers["0"].feed_forward, GatedFeedForward)
     with torch.no_grad():
         for parameter in copied.parameters():
