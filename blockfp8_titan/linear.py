@@ -7,11 +7,13 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .autograd import FLOATS, blockwise_fp8_matmul
+from .activation import QuantizedInput
+from .autograd import FLOATS, KnownWeight, blockwise_fp8_matmul
 from .formats import ALIGNMENT
 from .recipe import Recipe
+from .recomputation import Recomputation
 from .tensor_parallel import check_weight_shards, sharded_matmul
-from .weight import WeightScales, gather_in_fp8, is_gathered_in_fp8, plain_shard
+from .weight import GatheredFP8Weight, WeightScales, gather_in_fp8, is_gathered_in_fp8, plain_shard
 from .weight_cache import CachedWeight
 
 
@@ -43,6 +45,9 @@ class BlockwiseFP8Linear(nn.Linear):
 
     cached_weight: CachedWeight | None = None
     """The quantised weight, where `cache_weights` asked for that."""
+
+    recomputation: Recomputation = Recomputation()
+    """What activation checkpointing computes again."""
 
     def __init__(
         self,
@@ -91,19 +96,26 @@ class BlockwiseFP8Linear(nn.Linear):
             check_weight_shards(param, self.fqn)
         super().register_parameter(name, param)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor | QuantizedInput) -> Tensor:
         try:
             if isinstance(self.weight, DTensor):
-                output = sharded_matmul(input, self.weight, self.recipe)
+                output = sharded_matmul(input, self.weight, self.recipe, self.recomputation)
             else:
-                quantized = None if self.cached_weight is None else self.cached_weight.of(self.weight)
-                output = blockwise_fp8_matmul(input, self.weight, self.recipe, quantized)
+                output = blockwise_fp8_matmul(input, self.known_weight(), self.recipe, self.recomputation)
         except ValueError as error:
             # Only here is the name read: code compiled for one layer would not serve the next if it depended on it.
             if not self.fqn:
                 raise
             raise ValueError(f"{self.fqn}: {error}") from error
         return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def known_weight(self) -> KnownWeight:
+        """The weight, not sharded, with the quantised forms that are at hand."""
+        weight = self.weight
+        if isinstance(weight, GatheredFP8Weight):
+            return KnownWeight(weight, weight.w_q, weight.w_dq)
+        quantized = None if self.cached_weight is None else self.cached_weight.of(weight)
+        return KnownWeight(weight, *(quantized or ()))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Hand out plain tensors: a checkpoint must load where this package is not installed."""

@@ -22,7 +22,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
 from .conversion import ConversionReport, gather_notes, gather_obstacles, plan_conversion
-from .converter import NAME, check_job, note_on_gathers, note_on_tensor_parallelism, section_of
+from .converter import NAME, check_job, fuse_beside, notes_on_job, section_of
 from .job_file import check_keys, check_values
 from .shards import Sharding, simulate
 from .tensor_parallel import check_split
@@ -110,16 +110,14 @@ def plan(job_config: JobConfig, model: nn.Module) -> ConversionReport:
     section = section_of(job_config)
     rules = section.all_rules()
     try:
-        report = plan_conversion(model, rules, recipe=section.recipe())
+        report = plan_conversion(model, rules, recipe=section.recipe(), fuse=fuse_beside(section, degree))
         if job_config.model.name in _supported_models:
             check_tensor_parallel_sizes(report, degree)
     except ValueError as error:
         raise ValueError(f"[{NAME}] {error}") from error
     # The number of ranks is not known here: -1 shards over all that there are.
     fsdp = parallelism.data_parallel_shard_degree != 1 or parallelism.context_parallel_degree > 1
-    report = report.with_notes(*note_on_tensor_parallelism(report, degree))
-    if fsdp:
-        report = report.with_notes(*note_on_gathers(section, degree))
+    report = report.with_notes(*notes_on_job(report, job_config, degree, fsdp))
     if fsdp and degree == 1 and section.fp8_all_gather:
         report = report.with_notes(*gather_notes(report, gather_obstacles(model, report)))
     return report

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from .autograd import blockwise_fp8_matmul
+from .autograd import KnownWeight, blockwise_fp8_matmul
 from .formats import ALIGNMENT
 from .recipe import Recipe
+from .recomputation import Recomputation
 
 
 class LinearPlacements(NamedTuple):
@@ -66,13 +67,14 @@ def linear_placements(x: tuple[Placement, ...], w: tuple[Placement, ...], x_dims
     return LinearPlacements(*zip(*by_mesh_dim, strict=True))
 
 
-def sharded_matmul(x: Tensor, w: DTensor, recipe: Recipe) -> DTensor:
+def sharded_matmul(x: Tensor, w: DTensor, recipe: Recipe, recomputation: Recomputation) -> DTensor:
     """`blockwise_fp8_matmul` of DTensors.
 
     Args:
         x: DTensor [..., K] bf16 or fp32, on w's mesh, placed in any way; partial sums are reduced first.
         w: DTensor [N, K], each mesh dimension Shard(0), Shard(1) or Replicate; shards as `check_weight_shards` wants them.
         recipe: numerics and backend.
+        recomputation: what activation checkpointing computes again.
     Returns:
         DTensor [..., N], placed as the module's table says: the caller reduces or gathers it.
     Raises:
@@ -89,8 +91,9 @@ def sharded_matmul(x: Tensor, w: DTensor, recipe: Recipe) -> DTensor:
     placements = linear_placements(x.placements, w.placements, x.dim())
     y = blockwise_fp8_matmul(
         x.redistribute(placements=placements.x).to_local(grad_placements=placements.dx),
-        w.to_local(grad_placements=placements.dw),
+        KnownWeight(w.to_local(grad_placements=placements.dw)),
         recipe,
+        recomputation,
     )
     if all(placement.is_replicate() for placement in w.placements):
         # Tokens may be split unevenly: the whole's sizes do not follow from this rank's.

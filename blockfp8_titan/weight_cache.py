@@ -33,9 +33,10 @@ class CachedWeight:
 
     def refresh(self, weight: Tensor, recipe: Recipe) -> None:
         if self.of(weight) is None and not weight.is_meta:
-            backend = "reference" if recipe.gemm_backend == "reference" else "auto"
-            w_q, w_dq = ops.quantize_128x128(weight.detach(), recipe.scale_format, backend=backend)
-            self.tensors, self._quantized_from = (w_q, w_dq, ops.transpose_fp8(w_q)), _state(weight)
+            self.tensors = ops.quantize_128x128_both(
+                weight.detach(), recipe.scale_format, backend=recipe.quantize_backend
+            )
+            self._quantized_from = _state(weight)
 
     def clear(self) -> None:
         self.tensors = self._quantized_from = None

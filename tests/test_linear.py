@@ -1,38 +1,21 @@
 import copy
-from collections import Counter
 
 import pytest
 import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torchtitan.tools.utils import set_default_dtype
 
 from blockfp8_titan import BlockwiseFP8Linear, Recipe
 from blockfp8_titan.numerics import SQNR_FLOOR_DB, sqnr
 
+from .llama import CountOps
+
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", CUDA]
 BACKENDS = [("cpu", "auto"), *(pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("auto", "triton", "reference"))]
 FLOATS = [torch.bfloat16, torch.float32]
-
-
-class CountOps(TorchDispatchMode):
-    """Counts the calls of our ops and of aten.mm."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "blockfp8" or func is torch.ops.aten.mm.default:
-            self.calls[func.__name__.removesuffix(".default")] += 1
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def gemms(self):
-        return sum(count for name, count in self.calls.items() if name.startswith("gemm") or name == "mm")
 
 
 def pair(in_features, out_features, *, bias=False, recipe=Recipe(), device="cpu", dtype=torch.float32):

@@ -69,6 +69,18 @@ def test_sharding_over_ranks(tmp_path, capsys):
     assert "bfloat16" in (out := capsys.readouterr().out) and "fallbacks: 42" in out
 
 
+def test_what_is_fused_and_what_checkpointing_recomputes(capsys):
+    assert (
+        main([DEBUG, "--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "\nfused: layers.{0-5}.attention_norm quantises for wq, wk, wv\n" in out
+    assert 'note: ac_save = "balanced": of the Linears in fp8' in out
+    assert main([DEBUG, "--blockwise_fp8.fuse=off", "--activation_checkpoint.mode=full"]) == 0
+    out = capsys.readouterr().out
+    assert 'not fused: layers.{0-5}.ffn_norm: fuse = "off"' in out and "ac_save" not in out
+
+
 def test_blocks_unlike_those_of_one_gpu_are_noted(capsys):
     assert main([DEBUG, "--parallelism.tensor_parallel_degree=4"]) == 0
     assert "note: tensor parallelism splits Linears over 4 ranks" in capsys.readouterr().out

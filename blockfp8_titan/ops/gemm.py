@@ -24,6 +24,7 @@ def gemm_1x128_128x128(
     out_dtype: torch.dtype = torch.bfloat16,
     *,
     backend: GemmBackend = "auto",
+    recomputed: bool = False,
 ) -> Tensor:
     """a b^T, accumulated in fp32 with one promotion per 128 of K.
 
@@ -36,13 +37,16 @@ def gemm_1x128_128x128(
         b_dq: [ceil(N/128), ceil(K/128)] fp32.
         out_dtype: bf16 or fp32.
         backend: who multiplies, see `Recipe.gemm_backend`.
+        recomputed: calls the op's overload of that name. It computes the same; selective activation checkpointing, which decides
+            by overload, can save the results of the one and recompute those of the other.
     Returns:
         [M, N] in out_dtype, row-major.
     Raises:
         ValueError: names the argument, its value and the requirement; or the backend, and why it cannot run here.
     """
     _check(a_q, a_dq, b_q, b_dq, ceil_div(b_q.shape[0], BLOCK), out_dtype)
-    return torch.ops.blockfp8.gemm_1x128_128x128.default(a_q, a_dq, b_q, b_dq, out_dtype, backend)
+    op = torch.ops.blockfp8.gemm_1x128_128x128
+    return (op.recomputed if recomputed else op.default)(a_q, a_dq, b_q, b_dq, out_dtype, backend)
 
 
 def gemm_1x128_1x128(
@@ -213,6 +217,7 @@ def _portable(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_per_row: b
 
 for _name, _reference, _cuda in (
     ("gemm_1x128_128x128", _reference_1x128_128x128, _cuda_1x128_128x128),
+    ("gemm_1x128_128x128.recomputed", _reference_1x128_128x128, _cuda_1x128_128x128),
     ("gemm_1x128_1x128", _reference_1x128_1x128, _cuda_1x128_1x128),
 ):
     define(
