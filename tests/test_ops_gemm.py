@@ -121,7 +121,7 @@ def test_nan_stays_visible_and_local(kind, device, backend):
 def test_opcheck(kind, device):
     args = operands(kind, 16, 48, 144, device=device)
     torch.library.opcheck(
-        getattr(torch.ops.blockfp8, f"gemm_{kind}"), (*args, torch.bfloat16, "auto"), test_utils=CHECKS
+        getattr(torch.ops.blockfp8, f"gemm_{kind}").default, (*args, torch.bfloat16, "auto"), test_utils=CHECKS
     )
 
 
