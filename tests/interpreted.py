@@ -21,7 +21,6 @@ from blockfp8_titan.kernels import tiles
 from blockfp8_titan.numerics import relative_error
 from blockfp8_titan.ops import backend, library, shards
 from blockfp8_titan.ops import gemm as gemm_ops
-from blockfp8_titan.ops import producers as producer_ops
 from blockfp8_titan.ops import quantize as quantize_ops
 
 from .data import KINDS, bits, draw

@@ -12,6 +12,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.protocols.train_spec import get_train_spec
 
+from blockfp8_titan.numerics import sqnr
+
 VOCABULARY = 2048
 
 
@@ -73,6 +75,21 @@ def step(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
 def names_as_eager(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """The results of a step of a compiled model under the names that they have in the model."""
     return {name.replace("_orig_mod.", ""): value for name, value in values.items()}
+
+
+def gradients(module, x, dy):
+    """Output, gradients of x and of the parameters of a module."""
+    x = x.detach().clone().requires_grad_()
+    module.zero_grad()
+    y = module(x)
+    y.backward(dy.to(y.dtype))
+    return {"y": y.detach(), "dx": x.grad} | {name: p.grad for name, p in module.named_parameters()}
+
+
+def worst(truth, values):
+    """The least SQNR of these values, in dB."""
+    assert truth.keys() == values.keys()
+    return min(sqnr(truth[name], values[name]) for name in truth)
 
 
 def graph_calls(graph: fx.GraphModule) -> CountOps:
