@@ -14,7 +14,7 @@ from triton.runtime import driver  # noqa: E402
 
 import blockfp8_titan  # noqa: E402
 from blockfp8_titan.kernels.launch import start  # noqa: E402
-from blockfp8_titan.ops import gemm, library, quantize  # noqa: E402
+from blockfp8_titan.ops import backend, gemm, library, quantize  # noqa: E402
 
 GRID = (2, 3, 1)
 
@@ -127,7 +127,7 @@ def calls_of_the_package(run):
 )
 def test_host_work_of_a_call_stays_small(name, bound, on_cpu, monkeypatch):
     """Calls, not a time, which would depend on the machine. There are 38, 57, 38 and 35."""
-    monkeypatch.setattr(quantize, "resolve_quantize_backend", lambda device: "triton")
+    monkeypatch.setattr(backend, "resolve_quantize_backend", lambda device: "triton")
     monkeypatch.setattr(quantize, "is_datacenter", lambda device: True)
     for module, found in ((quantize, "quantize"), (gemm, "gemm_hopper")):
         real = library.kernels(found)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..formats import BLOCK, ceil_div
 from ..recipe import ScaleFormat
-from .backend import QuantizeBackend, is_datacenter, use_reference
+from .backend import QuantizeBackend, is_hopper, use_reference
 from .layouts import aligned_rows, contiguous_rows, fill, group_multipliers, row_major, tiles
 from .library import FLOATS, check_choice, define, kernels, launch
 from .quantize import check_quantizable
@@ -224,7 +224,7 @@ def _launch_tiles(
         (*inputs, *pointers, M, K, *strides, yt_stride),
         (32 // warps, layout != "columns", layout != "rows", padded, scale_format == "pow2"),
         num_warps=warps,
-        maxnreg=registers if is_datacenter(inputs[0].device) else None,
+        maxnreg=registers if is_hopper(inputs[0].device) else None,
     )
 
 
@@ -253,7 +253,7 @@ def _rms_norm_whole_rows(
     block_k = max(_power_of_two(K), BLOCK)
     block_m = max(8192 // block_k, 1)
     launch(
-        kernels("producers")._rms_norm_rows_kernel,
+        kernels("producers")._quantize_rms_norm_rows_kernel,
         (ceil_div(M, block_m), 1, 1),
         (x, weight, rstd, *outs, M, K, x.stride(0), eps),
         (scale_format == "pow2", block_m, block_k),
@@ -282,7 +282,7 @@ def _rms_norm_tiles(
     x: Tensor, weight: Tensor, rstd: Tensor, layout: Layout, outs: Sequence[Tensor], scale_format: ScaleFormat
 ) -> None:
     _launch_tiles(
-        kernels("producers")._rms_norm_tile_kernel,
+        kernels("producers")._quantize_rms_norm_kernel,
         (x, weight, rstd),
         layout,
         outs,
@@ -299,7 +299,9 @@ def _cuda_swiglu(gate: Tensor, up: Tensor, layout: Layout, scale_format: ScaleFo
     gate, up = contiguous_rows(gate), contiguous_rows(up)
     if gate.shape[0]:
         strides = (gate.stride(0), up.stride(0))
-        _launch_tiles(kernels("producers")._swiglu_kernel, (gate, up), layout, outs, gate.shape, strides, scale_format)
+        _launch_tiles(
+            kernels("producers")._quantize_swiglu_kernel, (gate, up), layout, outs, gate.shape, strides, scale_format
+        )
     return outs
 
 
@@ -315,12 +317,12 @@ def _cuda_swiglu_backward(
         columns, rows, _ = tiles(M, K)
         strides = (dh.stride(0), gate.stride(0), up.stride(0), outs[2].stride(0))
         launch(
-            kernels("producers")._swiglu_backward_kernel,
+            kernels("producers")._quantize_swiglu_gradients_kernel,
             (2 * columns, rows, 1),
             (dh, gate, up, *outs, M, K, *strides),
             (4, outs[2].stride(0) != M, scale_format == "pow2"),
             num_warps=8,
-            maxnreg=128 if is_datacenter(gate.device) else None,
+            maxnreg=128 if is_hopper(gate.device) else None,
         )
     return outs
 
