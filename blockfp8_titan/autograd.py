@@ -121,38 +121,32 @@ def refuse_double_backward() -> None:
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of y: autocast's where it is on, else x's.
-
-    Raises:
-        ValueError: autocast's dtype is neither bf16 nor fp32.
-    """
+    """The dtype of y: autocast's where it is on, else x's."""
     # The meta device has no autocast, and torch raises if asked whether it is on there. (amp.is_autocast_available would be a
     # graph break in torch 2.11.)
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return x.dtype
-    dtype = torch.get_autocast_dtype(x.device.type)
-    if dtype not in FLOATS:
-        raise ValueError(
-            f"autocast's dtype is {dtype}: a blockwise-fp8 linear computes bf16 or fp32; use autocast to bf16"
-        )
-    return dtype
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
-def check_operands(x: Tensor | QuantizedInput, w: Tensor, recipe: Recipe) -> None:
-    """Raises ValueError where a linear cannot multiply x by w: names the argument, its value and the requirement."""
+def matmul_obstacle(x: Tensor | QuantizedInput, w: Tensor, recipe: Recipe) -> str | None:
+    """Why a linear cannot multiply x by w, on any mesh; None where it can."""
     for name, tensor in (("input", x), ("weight", w)):
         if tensor.dtype not in FLOATS:
-            raise ValueError(
+            return (
                 f"{name} of a blockwise-fp8 linear has dtype {tensor.dtype}: must be torch.bfloat16 or torch.float32; "
                 "cast it, or keep the layer out of fp8"
             )
     if x.shape[-1] != w.shape[1]:
-        raise ValueError(f"input has shape {tuple(x.shape)}: its last dimension must be in_features = {w.shape[1]}")
+        return f"input has shape {tuple(x.shape)}: its last dimension must be in_features = {w.shape[1]}"
     if isinstance(x, QuantizedInput) and (recipe.wgrad, recipe.scale_format) != ("fp8", x.scale_format):
-        raise ValueError(
+        return (
             f"the module before this linear quantises for wgrad = 'fp8' and scale_format = {x.scale_format!r}, the linear has {recipe}: "
             'change recipes before the conversion, or convert with fuse = "off"'
         )
+    if (dtype := output_dtype(x.carrier if isinstance(x, QuantizedInput) else x)) not in FLOATS:
+        return f"autocast's dtype is {dtype}: a blockwise-fp8 linear computes bf16 or fp32; use autocast to bf16"
+    return None
 
 
 @torch.no_grad()
@@ -175,16 +169,16 @@ def blockwise_fp8_matmul(
 
     Args:
         x: [..., K] bf16 or fp32, quantised already or not.
-        weight: w [N, K] bf16 or fp32, N % 16 == 0 and K % 16 == 0, and the quantised forms that are known.
+        weight: w [N, K] bf16 or fp32, N % 16 == 0 and K % 16 == 0, and the quantised forms that are known. The caller has asked
+            `matmul_obstacle`, whose answer it can give with the layer's name.
         recipe: numerics and backend.
         recomputation: what activation checkpointing computes again.
     Returns:
         [..., N]: in autocast's dtype where autocast is on, else in x's. dx has x's dtype and dw has w's.
     Raises:
-        ValueError: names the argument, its value and the requirement.
+        ValueError: the device cannot run recipe.gemm_backend.
         RuntimeError: on double backward.
     """
-    check_operands(x, weight.w, recipe)
     wants_dw = torch.is_grad_enabled() and weight.w.requires_grad
     kept: tuple[Tensor | None, Tensor | None] = (None, None)
     if not isinstance(x, QuantizedInput):

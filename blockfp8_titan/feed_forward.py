@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from . import ops
 from .activation import QuantizedInput, carrier_like, has_hooks, quantize_input
-from .autograd import KnownWeight, check_operands, output_dtype, refuse_double_backward
+from .autograd import KnownWeight, output_dtype, refuse_double_backward
 from .linear import BlockwiseFP8Linear
 from .recipe import Recipe
 
@@ -77,7 +77,7 @@ def gated_half(
     """
     recipe = gate.recipe
     for linear in (gate, up):
-        check_operands(x, linear.weight, recipe)
+        linear.check_input(x)
     training = torch.is_grad_enabled()
     wants_dw = training and (gate.weight.requires_grad or up.weight.requires_grad)
     if not isinstance(x, QuantizedInput):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .activation import QuantizedInput
-from .autograd import FLOATS, KnownWeight, blockwise_fp8_matmul
+from .autograd import FLOATS, KnownWeight, blockwise_fp8_matmul, matmul_obstacle
 from .formats import ALIGNMENT
 from .recipe import Recipe
 from .recomputation import Recomputation
@@ -97,17 +97,18 @@ class BlockwiseFP8Linear(nn.Linear):
         super().register_parameter(name, param)
 
     def forward(self, input: Tensor | QuantizedInput) -> Tensor:
-        try:
-            if isinstance(self.weight, DTensor):
-                output = sharded_matmul(input, self.weight, self.recipe, self.recomputation)
-            else:
-                output = blockwise_fp8_matmul(input, self.known_weight(), self.recipe, self.recomputation)
-        except ValueError as error:
-            # Only here is the name read: code compiled for one layer would not serve the next if it depended on it.
-            if not self.fqn:
-                raise
-            raise ValueError(f"{self.fqn}: {error}") from error
+        self.check_input(input)
+        if isinstance(self.weight, DTensor):
+            output = sharded_matmul(input, self.weight, self.recipe, self.recomputation)
+        else:
+            output = blockwise_fp8_matmul(input, self.known_weight(), self.recipe, self.recomputation)
         return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def check_input(self, input: Tensor | QuantizedInput) -> None:
+        """Raises ValueError where this linear cannot take an input: names itself, the argument, its value and the requirement."""
+        if obstacle := matmul_obstacle(input, self.weight, self.recipe):
+            # Only here is the name read: code compiled for one layer would not serve the next if it depended on it.
+            raise ValueError(f"{self.fqn}: {obstacle}" if self.fqn else obstacle)
 
     def known_weight(self) -> KnownWeight:
         """The weight, not sharded, with the quantised forms that are at hand."""

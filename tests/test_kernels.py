@@ -82,7 +82,7 @@ CASES = {
         producers._quantize_swiglu_gradients_kernel,
         {"dh_ptr": "*fp32", "gate_ptr": "*fp32", "up_ptr": "*fp32"},
         {"RUN": 4, "PADDED": True, "POW2": True},
-        {"num_warps": 8, "maxnreg": 128},
+        {"num_warps": 8},
     ),
     "rms_norm, whole rows": (
         producers._quantize_rms_norm_rows_kernel,

@@ -200,6 +200,11 @@ _WHOLE_ROWS = 16384
 """The longest rows of which a program holds a whole one in its registers."""
 
 
+def _fits_a_cap(x: Tensor, padded: bool) -> bool:
+    """Whether a kernel that reads x can be held to few registers, for more programs on a multiprocessor, and does not spill."""
+    return is_hopper(x.device) and x.dtype == torch.bfloat16 and not padded
+
+
 def _launch_tiles(
     kernel: Any,
     inputs: tuple[Tensor, ...],
@@ -214,17 +219,15 @@ def _launch_tiles(
     pointers = outs if layout == "both" else (*outs, *outs)  # those that the kernel does not use have to be something
     yt_stride = outs[-2].stride(0)
     padded = layout != "rows" and yt_stride != M
-    warps, registers = 8, 128 if layout == "both" else None
-    if layout == "columns":
-        # Half of the warps need fewer instructions; more than 168 registers would leave room for two programs, not three.
-        warps, registers = 4, 168 if not padded and inputs[0].dtype == torch.bfloat16 else None
+    # Columns alone: half of the warps need fewer instructions, and more than 168 registers would leave room for two programs, not three.
+    warps, registers = {"rows": (8, None), "columns": (4, 168), "both": (8, 128)}[layout]
     launch(
         kernel,
         tiles(M, K),
         (*inputs, *pointers, M, K, *strides, yt_stride),
         (32 // warps, layout != "columns", layout != "rows", padded, scale_format == "pow2"),
         num_warps=warps,
-        maxnreg=registers if is_hopper(inputs[0].device) else None,
+        maxnreg=registers if _fits_a_cap(inputs[0], padded) else None,
     )
 
 
@@ -316,13 +319,14 @@ def _cuda_swiglu_backward(
     if M:
         columns, rows, _ = tiles(M, K)
         strides = (dh.stride(0), gate.stride(0), up.stride(0), outs[2].stride(0))
+        padded = outs[2].stride(0) != M
         launch(
             kernels("producers")._quantize_swiglu_gradients_kernel,
             (2 * columns, rows, 1),
             (dh, gate, up, *outs, M, K, *strides),
-            (4, outs[2].stride(0) != M, scale_format == "pow2"),
+            (4, padded, scale_format == "pow2"),
             num_warps=8,
-            maxnreg=128 if is_hopper(gate.device) else None,
+            maxnreg=128 if _fits_a_cap(gate, padded) else None,
         )
     return outs
 
