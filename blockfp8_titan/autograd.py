@@ -89,6 +89,29 @@ class _BlockwiseFP8Matmul(torch.autograd.Function):
         return dx, dw, *([None] * 8)
 
 
+def matmul_obstacle(x: Tensor, w: Tensor) -> str | None:
+    """Why `blockwise_fp8_matmul` cannot take these operands, on any mesh; None where it can."""
+    for name, tensor in (("input", x), ("weight", w)):
+        if tensor.dtype not in FLOATS:
+            return (
+                f"{name} of a blockwise-fp8 linear has dtype {tensor.dtype}: must be torch.bfloat16 or torch.float32; "
+                "cast it, or keep the layer out of fp8"
+            )
+    if x.shape[-1] != w.shape[1]:
+        return f"input has shape {tuple(x.shape)}: its last dimension must be in_features = {w.shape[1]}"
+    if (dtype := _output_dtype(x)) not in FLOATS:
+        return f"autocast's dtype is {dtype}: a blockwise-fp8 linear computes bf16 or fp32; use autocast to bf16"
+    return None
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    # The meta device has no autocast, and torch raises if asked whether it is on there. (amp.is_autocast_available would be a
+    # graph break in torch 2.11.)
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def blockwise_fp8_matmul(
     x: Tensor, w: Tensor, recipe: Recipe, quantized: tuple[Tensor, Tensor, Tensor] | None = None
 ) -> Tensor:
@@ -97,31 +120,15 @@ def blockwise_fp8_matmul(
     Args:
         x: [..., K] bf16 or fp32.
         w: [N, K] bf16 or fp32; N % 16 == 0 and K % 16 == 0. A `GatheredFP8Weight` is used as it was quantised.
+            The caller has asked `matmul_obstacle`, whose answer it can give with the layer's name.
         recipe: numerics and backend.
         quantized: w_q, w_dq and wt_q of `ops.quantize_128x128(w)` and `ops.transpose_fp8(w_q)`, where they are known.
     Returns:
         [..., N]: in autocast's dtype where autocast is on, else in x's. dx has x's dtype and dw has w's.
     Raises:
-        ValueError: names the argument, its value and the requirement.
+        ValueError: the device cannot run recipe.gemm_backend.
         RuntimeError: on double backward.
     """
-    for name, tensor in (("input", x), ("weight", w)):
-        if tensor.dtype not in FLOATS:
-            raise ValueError(
-                f"{name} of a blockwise-fp8 linear has dtype {tensor.dtype}: must be torch.bfloat16 or torch.float32; "
-                "cast it, or keep the layer out of fp8"
-            )
-    if x.shape[-1] != w.shape[1]:
-        raise ValueError(f"input has shape {tuple(x.shape)}: its last dimension must be in_features = {w.shape[1]}")
-    out_dtype = x.dtype
-    # The meta device has no autocast, and torch raises if asked whether it is on there. (amp.is_autocast_available would be a
-    # graph break in torch 2.11.)
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        out_dtype = torch.get_autocast_dtype(x.device.type)
-        if out_dtype not in FLOATS:
-            raise ValueError(
-                f"autocast's dtype is {out_dtype}: a blockwise-fp8 linear computes bf16 or fp32; use autocast to bf16"
-            )
     wants_dw = torch.is_grad_enabled() and w.requires_grad
     w_q, w_dq, wt_q = quantized or (None, None, None)
     if isinstance(w, GatheredFP8Weight):
@@ -132,7 +139,7 @@ def blockwise_fp8_matmul(
         w_q,
         w_dq,
         wt_q,
-        out_dtype,
+        _output_dtype(x),
         wants_dw,
         recipe.gemm_backend,
         recipe.wgrad,

@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .autograd import FLOATS, blockwise_fp8_matmul
+from .autograd import FLOATS, blockwise_fp8_matmul, matmul_obstacle
 from .formats import ALIGNMENT
 from .recipe import Recipe
 from .tensor_parallel import check_weight_shards, sharded_matmul
@@ -92,17 +92,14 @@ class BlockwiseFP8Linear(nn.Linear):
         super().register_parameter(name, param)
 
     def forward(self, input: Tensor) -> Tensor:
-        try:
-            if isinstance(self.weight, DTensor):
-                output = sharded_matmul(input, self.weight, self.recipe)
-            else:
-                quantized = None if self.cached_weight is None else self.cached_weight.of(self.weight)
-                output = blockwise_fp8_matmul(input, self.weight, self.recipe, quantized)
-        except ValueError as error:
+        if obstacle := matmul_obstacle(input, self.weight):
             # Only here is the name read: code compiled for one layer would not serve the next if it depended on it.
-            if not self.fqn:
-                raise
-            raise ValueError(f"{self.fqn}: {error}") from error
+            raise ValueError(f"{self.fqn}: {obstacle}" if self.fqn else obstacle)
+        if isinstance(self.weight, DTensor):
+            output = sharded_matmul(input, self.weight, self.recipe)
+        else:
+            quantized = None if self.cached_weight is None else self.cached_weight.of(self.weight)
+            output = blockwise_fp8_matmul(input, self.weight, self.recipe, quantized)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
