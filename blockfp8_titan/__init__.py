@@ -6,6 +6,7 @@ Importing the package registers the model converter "blockwise_fp8" with torchti
 from importlib.metadata import PackageNotFoundError, version
 
 from . import ops
+from .checkpointing import prepare_for_checkpointing
 from .conversion import ConversionReport, convert_model, gather_weights_in_fp8
 from .linear import BlockwiseFP8Linear
 from .recipe import Recipe
@@ -31,5 +32,6 @@ __all__ = [
     "convert_model",
     "gather_weights_in_fp8",
     "ops",
+    "prepare_for_checkpointing",
     "refresh_scales",
 ]

@@ -7,20 +7,55 @@
 Numerics of DeepSeek-V3 (arXiv:2412.19437, section 3.3), with 1x128 instead of 128x1 regrouping done from the original values.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .recipe import GemmBackend, Recipe, ScaleFormat, WeightGradient
-from .weight import GatheredFP8Weight
+from .activation import QuantizedInput, quantize_input
+from .recipe import Recipe
+from .recomputation import Recomputation
 
-_FLOATS = (torch.bfloat16, torch.float32)
+FLOATS = (torch.bfloat16, torch.float32)
+"""The dtypes of inputs, weights and outputs."""
+
+
+class KnownWeight(NamedTuple):
+    """A weight and what is known of its quantised forms. Tensors side by side, as autograd wants them."""
+
+    w: Tensor
+    """[N, K]: the parameter, which dw is the gradient of."""
+    w_q: Tensor | None = None
+    w_dq: Tensor | None = None
+    """As `ops.quantize_128x128(w)`."""
+    wt_q: Tensor | None = None
+    """As `ops.transpose_fp8(w_q)`."""
+
+    def to_keep(self) -> tuple[Tensor | None, ...]:
+        """For backward: what was given. FSDP2 frees that memory after the forward and gathers into it again for backward."""
+        return (self.w if self.w_q is None else None, *self[1:])
+
+    def along_rows(self, recipe: Recipe) -> tuple[Tensor, Tensor]:
+        """w's payload and multipliers, for y."""
+        if self.w_q is None:
+            return ops.quantize_128x128(self.w, recipe.scale_format, backend=recipe.quantize_backend)
+        return self.w_q, self.w_dq
+
+    def along_columns(self, recipe: Recipe) -> tuple[Tensor, Tensor]:
+        """w^T's payload and multipliers, for dx."""
+        if self.w_q is None:
+            _, w_dq, wt_q = ops.quantize_128x128_both(self.w, recipe.scale_format, backend=recipe.quantize_backend)
+            return wt_q, w_dq.t()
+        return ops.transpose_fp8(self.w_q) if self.wt_q is None else self.wt_q, self.w_dq.t()
 
 
 class _BlockwiseFP8Matmul(torch.autograd.Function):
-    """y = x w^T for 2D x; see the module's docstring."""
+    """y = x w^T; see the module's docstring.
+
+    Of x, rows are multiplied here and columns kept for dw. x_kept: what dw takes of x; under wgrad = "fp8" its columns, under
+    "fp8_block" its transpose in 128x128, under "bf16" x itself.
+    """
 
     @staticmethod
     def forward(
@@ -30,112 +65,135 @@ class _BlockwiseFP8Matmul(torch.autograd.Function):
         w_q: Tensor | None,
         w_dq: Tensor | None,
         wt_q: Tensor | None,
+        x_q: Tensor,
+        x_dq: Tensor,
+        x_kept: Tensor | None,
+        x_kept_dq: Tensor | None,
         out_dtype: torch.dtype,
-        wants_dw: bool,
-        gemm_backend: GemmBackend,
-        wgrad: WeightGradient,
-        scale_format: ScaleFormat,
+        recipe: Recipe,
+        recomputed: bool,
     ) -> Tensor:
-        quantize_backend = "reference" if gemm_backend == "reference" else "auto"
-        x_kept: tuple[Tensor, ...] = ()
-        if wants_dw and wgrad == "fp8":
-            x_q, x_dq, *x_kept = ops.quantize_1x128_both(x, scale_format, backend=quantize_backend)
-        else:
-            x_q, x_dq = ops.quantize_1x128(x, scale_format, backend=quantize_backend)
-            if wants_dw and wgrad == "bf16":
-                x_kept = (x,)
-            elif wants_dw:
-                _, xb_dq, xbt_q = ops.quantize_128x128_both(x, scale_format, backend=quantize_backend)
-                x_kept = (xbt_q, xb_dq)
-        # Of the weight, what was given is kept: FSDP2 frees that memory after the forward and gathers into it again for backward.
-        ctx.save_for_backward(w if w_q is None else None, w_q, w_dq, wt_q, *x_kept)
-        if w_q is None and torch.compiler.is_compiling() and ctx.needs_input_grad[0]:
-            # What backward calls: in a graph the two become one.
-            w_q, w_dq, _ = ops.quantize_128x128_both(w, scale_format, backend=quantize_backend)
-        elif w_q is None:
-            w_q, w_dq = ops.quantize_128x128(w, scale_format, backend=quantize_backend)
-        ctx.x_dtype, ctx.w_dtype = x.dtype, w.dtype
-        ctx.recipe = (gemm_backend, wgrad, scale_format, quantize_backend)
-        return ops.gemm_1x128_128x128(x_q, x_dq, w_q, w_dq, out_dtype, backend=gemm_backend)
+        weight = KnownWeight(w, w_q, w_dq, wt_q)
+        ctx.save_for_backward(*weight.to_keep(), x_kept, x_kept_dq)
+        ctx.x_shape, ctx.x_dtype, ctx.w_dtype, ctx.recipe = x.shape, x.dtype, w.dtype, recipe
+        y = ops.gemm_1x128_128x128(
+            x_q, x_dq, *weight.along_rows(recipe), out_dtype, backend=recipe.gemm_backend, recomputed=recomputed
+        )
+        return y.view(*x.shape[:-1], w.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "a blockwise-fp8 linear has no second derivative (its rounding has none): call backward or autograd.grad "
-                'without create_graph=True, or keep this layer out of fp8 (a rule with action = "skip")'
-            )
-        w, w_q, w_dq, wt_q, *x_kept = ctx.saved_tensors
-        gemm_backend, wgrad, scale_format, quantize_backend = ctx.recipe
+        refuse_double_backward()
+        *weight, x_kept, x_kept_dq = ctx.saved_tensors
+        recipe = ctx.recipe
         wants_dx, wants_dw = ctx.needs_input_grad[:2]
+        options = {"backend": recipe.gemm_backend}
+        dy = dy.reshape(-1, dy.shape[-1])
         dx = dw = None
 
-        if wants_dw and wgrad != "bf16":
-            dy_q, dy_dq, dyt_q, dyt_dq = ops.quantize_1x128_both(dy, scale_format, backend=quantize_backend)
+        quantized = ()
+        if wants_dw and recipe.wgrad != "bf16":
+            quantized = ops.quantize_1x128_both(dy, recipe.scale_format, backend=recipe.quantize_backend)
         elif wants_dx:
-            dy_q, dy_dq = ops.quantize_1x128(dy, scale_format, backend=quantize_backend)
+            quantized = ops.quantize_1x128(dy, recipe.scale_format, backend=recipe.quantize_backend)
         if wants_dx:
-            if w_q is None:
-                w_q, w_dq, wt_q = ops.quantize_128x128_both(w, scale_format, backend=quantize_backend)
-            elif wt_q is None:
-                wt_q = ops.transpose_fp8(w_q)
-            dx = ops.gemm_1x128_128x128(dy_q, dy_dq, wt_q, w_dq.t(), ctx.x_dtype, backend=gemm_backend)
+            dx = ops.gemm_1x128_128x128(
+                *quantized[:2], *KnownWeight(*weight).along_columns(recipe), ctx.x_dtype, **options
+            )
+            dx = dx.view(ctx.x_shape)
         if wants_dw:
-            if wgrad == "bf16":
-                dw = (dy.to(torch.bfloat16).t() @ x_kept[0].to(torch.bfloat16)).to(ctx.w_dtype)
-            elif wgrad == "fp8":
-                dw = ops.gemm_1x128_1x128(dyt_q, dyt_dq, *x_kept, ctx.w_dtype, backend=gemm_backend)
+            if recipe.wgrad == "bf16":
+                dw = (dy.to(torch.bfloat16).t() @ x_kept.to(torch.bfloat16)).to(ctx.w_dtype)
+            elif recipe.wgrad == "fp8":
+                dw = ops.gemm_1x128_1x128(*quantized[2:], x_kept, x_kept_dq, ctx.w_dtype, **options)
             else:
-                xbt_q, xb_dq = x_kept
-                dw = ops.gemm_1x128_128x128(dyt_q, dyt_dq, xbt_q, xb_dq.t(), ctx.w_dtype, backend=gemm_backend)
-        return dx, dw, *([None] * 8)
+                dw = ops.gemm_1x128_128x128(*quantized[2:], x_kept, x_kept_dq.t(), ctx.w_dtype, **options)
+        return dx, dw, *([None] * 10)
 
 
-def blockwise_fp8_matmul(
-    x: Tensor, w: Tensor, recipe: Recipe, quantized: tuple[Tensor, Tensor, Tensor] | None = None
-) -> Tensor:
-    """y = x w^T with all three GEMMs in blockwise fp8.
+def refuse_double_backward() -> None:
+    """Call first in backward. Raises RuntimeError where a graph of the backward is asked for."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "a blockwise-fp8 linear has no second derivative (its rounding has none): call backward or autograd.grad "
+            'without create_graph=True, or keep this layer out of fp8 (a rule with action = "skip")'
+        )
 
-    Args:
-        x: [..., K] bf16 or fp32.
-        w: [N, K] bf16 or fp32; N % 16 == 0 and K % 16 == 0. A `GatheredFP8Weight` is used as it was quantised.
-        recipe: numerics and backend.
-        quantized: w_q, w_dq and wt_q of `ops.quantize_128x128(w)` and `ops.transpose_fp8(w_q)`, where they are known.
-    Returns:
-        [..., N]: in autocast's dtype where autocast is on, else in x's. dx has x's dtype and dw has w's.
-    Raises:
-        ValueError: names the argument, its value and the requirement.
-        RuntimeError: on double backward.
-    """
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of y: autocast's where it is on, else x's."""
+    # The meta device has no autocast, and torch raises if asked whether it is on there. (amp.is_autocast_available would be a
+    # graph break in torch 2.11.)
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def matmul_obstacle(x: Tensor | QuantizedInput, w: Tensor, recipe: Recipe) -> str | None:
+    """Why a linear cannot multiply x by w, on any mesh; None where it can."""
     for name, tensor in (("input", x), ("weight", w)):
-        if tensor.dtype not in _FLOATS:
-            raise ValueError(
+        if tensor.dtype not in FLOATS:
+            return (
                 f"{name} of a blockwise-fp8 linear has dtype {tensor.dtype}: must be torch.bfloat16 or torch.float32; "
                 "cast it, or keep the layer out of fp8"
             )
     if x.shape[-1] != w.shape[1]:
-        raise ValueError(f"input has shape {tuple(x.shape)}: its last dimension must be in_features = {w.shape[1]}")
-    out_dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        out_dtype = torch.get_autocast_dtype(x.device.type)
-        if out_dtype not in _FLOATS:
-            raise ValueError(
-                f"autocast's dtype is {out_dtype}: a blockwise-fp8 linear computes bf16 or fp32; use autocast to bf16"
-            )
-    wants_dw = torch.is_grad_enabled() and w.requires_grad
-    w_q, w_dq, wt_q = quantized or (None, None, None)
-    if isinstance(w, GatheredFP8Weight):
-        w_q, w_dq = w.w_q, w.w_dq
-    y = _BlockwiseFP8Matmul.apply(
-        x.reshape(-1, x.shape[-1]),
-        w,
-        w_q,
-        w_dq,
-        wt_q,
-        out_dtype,
-        wants_dw,
-        recipe.gemm_backend,
-        recipe.wgrad,
-        recipe.scale_format,
+        return f"input has shape {tuple(x.shape)}: its last dimension must be in_features = {w.shape[1]}"
+    if isinstance(x, QuantizedInput) and (recipe.wgrad, recipe.scale_format) != ("fp8", x.scale_format):
+        return (
+            f"the module before this linear quantises for wgrad = 'fp8' and scale_format = {x.scale_format!r}, the linear has {recipe}: "
+            'change recipes before the conversion, or convert with fuse = "off"'
+        )
+    if (dtype := output_dtype(x.carrier if isinstance(x, QuantizedInput) else x)) not in FLOATS:
+        return f"autocast's dtype is {dtype}: a blockwise-fp8 linear computes bf16 or fp32; use autocast to bf16"
+    return None
+
+
+@torch.no_grad()
+def _kept_for_dw(x: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor | None]:
+    """What dw takes of x where that is not x's columns in fp8."""
+    x_2d = x.reshape(-1, x.shape[-1])
+    if recipe.wgrad == "bf16":
+        return x_2d, None
+    _, xb_dq, xbt_q = ops.quantize_128x128_both(x_2d, recipe.scale_format, backend=recipe.quantize_backend)
+    return xbt_q, xb_dq
+
+
+def blockwise_fp8_matmul(
+    x: Tensor | QuantizedInput,
+    weight: KnownWeight,
+    recipe: Recipe,
+    recomputation: Recomputation,
+) -> Tensor:
+    """y = x w^T with all three GEMMs in blockwise fp8.
+
+    Args:
+        x: [..., K] bf16 or fp32, quantised already or not.
+        weight: w [N, K] bf16 or fp32, N % 16 == 0 and K % 16 == 0, and the quantised forms that are known. The caller has asked
+            `matmul_obstacle`, whose answer it can give with the layer's name.
+        recipe: numerics and backend.
+        recomputation: what activation checkpointing computes again.
+    Returns:
+        [..., N]: in autocast's dtype where autocast is on, else in x's. dx has x's dtype and dw has w's.
+    Raises:
+        ValueError: the device cannot run recipe.gemm_backend.
+        RuntimeError: on double backward.
+    """
+    wants_dw = torch.is_grad_enabled() and weight.w.requires_grad
+    kept: tuple[Tensor | None, Tensor | None] = (None, None)
+    if not isinstance(x, QuantizedInput):
+        in_columns = wants_dw and recipe.wgrad == "fp8"
+        if wants_dw and not in_columns:
+            kept = _kept_for_dw(x, recipe)
+        x = quantize_input(x, recipe, columns=in_columns, columns_apart=recomputation.columns_apart)
+    if wants_dw and recipe.wgrad == "fp8":
+        kept = x.columns_for_dw()
+    return _BlockwiseFP8Matmul.apply(
+        x.carrier,
+        *weight,
+        *x.rows,
+        *kept,
+        output_dtype(x.carrier),
+        recipe,
+        recomputation.output,
     )
-    return y.view(*x.shape[:-1], w.shape[0])

@@ -5,11 +5,12 @@ objects, so this module must not postpone their evaluation (no `from __future__ 
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, get_args
 
 import tyro
 
-from .recipe import GemmBackend, Recipe, ScaleFormat, WeightGradient
+from .recipe import Fuse, GemmBackend, Recipe, ScaleFormat, WeightGradient
+from .recomputation import ActivationSave
 from .rules import PlacedRule, Rule, load_rules_file, rules_from
 
 # tyro's own booleans are flags (`--a.b`, `--a.no-b`) and refuse `--a.b=false`.
@@ -64,6 +65,18 @@ class BlockwiseFP8:
     in each forward and each backward. Pays with gradient accumulation or pipeline parallelism.
     """
 
+    fuse: Fuse = "auto"
+    """
+    Norms and feed-forwards that quantise what they compute in the kernel that computes it: "auto" where the model has torchtitan's
+    Llama, Qwen or DeepSeek blocks, "off" nowhere.
+    """
+
+    ac_save: ActivationSave = "balanced"
+    """
+    Which outputs of fp8 GEMMs selective activation checkpointing by op keeps: "gemm" all, the fastest; "balanced" as many bytes as
+    it keeps of a bf16 model; "none" none, the smallest.
+    """
+
     rules_file: str = ""
     """
     A TOML file with [[rules]] (a path, relative to the working directory) or a preset's name; its rules stand before those
@@ -80,6 +93,10 @@ class BlockwiseFP8:
         for name in ("fp8_all_gather", "cache_weight"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"[blockwise_fp8] {name} = {value!r}: must be true or false")
+        for name, choices in (("fuse", Fuse), ("ac_save", ActivationSave)):
+            if (value := getattr(self, name)) not in get_args(choices):
+                allowed = ", ".join(map(repr, get_args(choices)))
+                raise ValueError(f"[blockwise_fp8] {name} = {value!r}: must be one of {allowed}")
         if not isinstance(self.rules_file, str):
             raise ValueError(f"[blockwise_fp8] rules_file = {self.rules_file!r}: must be a path or a preset's name")
         if not isinstance(self.rules, list):

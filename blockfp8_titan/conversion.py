@@ -2,15 +2,18 @@
 
 import json
 import textwrap
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
+from .autograd import FLOATS
+from .fqns import collapse
+from .fusion import Fusion, apply_fusions, describe_fusions, plan_fusions
 from .linear import BlockwiseFP8Linear
-from .recipe import Recipe
+from .recipe import Fuse, Recipe
 from .rules import PlacedRule, Rule, check_rules_apply, decide, rules_from
 from .weight import gather_in_fp8
 
@@ -58,6 +61,8 @@ class ConversionReport:
     """Those that belong to Linears in fp8."""
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    fusions: tuple[Fusion, ...] = ()
+    """Norms and feed-forwards that quantise what they compute, and those that do not and why."""
 
     def with_notes(self, *notes: str) -> "ConversionReport":
         """This report with more notes."""
@@ -85,7 +90,7 @@ class ConversionReport:
     def to_table(self) -> str:
         """Aligned text about 120 columns wide; rows that differ in layer numbers only share a line."""
         header = ("linear", "out x in", "action", "recipe", "by", "params", "FLOPs", "reason")
-        lines = [self._cells(fqn, rows) for fqn, rows in _collapse(self.rows)]
+        lines = [self._cells(fqn, rows) for fqn, rows in collapse(self.rows, _alike)]
         columns = [column for column in zip(header, *lines, strict=True) if column[0] != "recipe" or any(column[1:])]
         # The reason comes last and wraps; the other columns are as wide as their widest cell.
         widths = [max(map(len, column)) for column in columns[:-1]]
@@ -102,9 +107,10 @@ class ConversionReport:
             f"FLOPs, {totals['parameter_share_in_fp8']:.1%} of {self.model_parameters:,} parameters"
         )
         text.append(f"recipe where none is shown: {_describe(self.recipe)}")
-        for label, remarks in (("warning", self.warnings), ("note", self.notes)):
-            for remark in remarks:
-                text += textwrap.wrap(f"{label}: {remark}", TABLE_WIDTH, subsequent_indent="  ")
+        remarks = [f"warning: {warning}" for warning in self.warnings]
+        remarks += [*describe_fusions(self.fusions), *(f"note: {note}" for note in self.notes)]
+        for remark in remarks:
+            text += textwrap.wrap(remark, TABLE_WIDTH, subsequent_indent="  ")
         return "\n".join(text)
 
     def _cells(self, fqn: str, rows: list[Row]) -> tuple[str, ...]:
@@ -122,7 +128,11 @@ class ConversionReport:
 
 
 def plan_conversion(
-    model: nn.Module, rules: Iterable[Rule | PlacedRule | Mapping[str, Any]] = (), *, recipe: Recipe = Recipe()
+    model: nn.Module,
+    rules: Iterable[Rule | PlacedRule | Mapping[str, Any]] = (),
+    *,
+    recipe: Recipe = Recipe(),
+    fuse: Fuse = "auto",
 ) -> ConversionReport:
     """Decide about every nn.Linear of a model, without a change to it.
 
@@ -130,10 +140,13 @@ def plan_conversion(
         model: on any device, meta included.
         rules: in order, the first match decides; as `Rule` or as dicts with its keys.
         recipe: how a converted Linear computes where its rule says nothing.
+        fuse: "auto" lets norms and feed-forwards that `fusion` knows quantise what they compute; "off" none.
     Raises:
         ValueError: names the rule or the FQN and the way out. The model is a Linear itself, is sharded, or is converted already;
             a rule is malformed or matches no Linear; one module has two names for which the decisions differ.
     """
+    if fuse not in get_args(Fuse):
+        raise ValueError(f"fuse = {fuse!r}: must be one of {', '.join(map(repr, get_args(Fuse)))}")
     if isinstance(model, nn.Linear):
         raise ValueError(
             f"model is itself a {type(model).__name__} and cannot be swapped in place: "
@@ -169,23 +182,36 @@ def plan_conversion(
             fp8_parameters |= parameters
     if not any(row.in_fp8 for row in rows):
         warnings.append("no Linear is in fp8: the model computes as before")
-    return ConversionReport(tuple(rows), recipe, model_parameters, sum(fp8_parameters.values()), tuple(warnings))
+    recipes = {fqn: row.recipe for row in rows if row.in_fp8 for fqn in (row.fqn, *row.aliases)}
+    return ConversionReport(
+        tuple(rows),
+        recipe,
+        model_parameters,
+        sum(fp8_parameters.values()),
+        tuple(warnings),
+        fusions=plan_fusions(model, recipes, fuse),
+    )
 
 
 def convert_model(
-    model: nn.Module, rules: Iterable[Rule | PlacedRule | Mapping[str, Any]] = (), *, recipe: Recipe = Recipe()
+    model: nn.Module,
+    rules: Iterable[Rule | PlacedRule | Mapping[str, Any]] = (),
+    *,
+    recipe: Recipe = Recipe(),
+    fuse: Fuse = "auto",
 ) -> ConversionReport:
     """Swap the Linears that the rules choose for `BlockwiseFP8Linear`, in place.
 
     Parameters are shared with the Linears replaced, so tied weights stay tied and an optimizer made before stays valid; a module
-    held under two names is converted once and stays shared. Nothing is swapped if anything is wrong. Convert before FSDP, tensor
+    held under two names is converted once and stays shared. Nothing is swapped if anything is wrong. Modules that are fused
+    (`ConversionReport.fusions`) stay the same objects, of a subclass of their class. Convert before FSDP, tensor
     parallelism or torch.compile.
 
     Args, Raises: as `plan_conversion`.
     Returns:
         One row for each nn.Linear: what happened to it and why.
     """
-    report = plan_conversion(model, rules, recipe=recipe)
+    report = plan_conversion(model, rules, recipe=recipe, fuse=fuse)
     swaps: dict[nn.Module, BlockwiseFP8Linear] = {}
     for row in report.rows:
         if row.action == "convert":
@@ -197,6 +223,7 @@ def convert_model(
         for name, child in list(parent._modules.items()):
             if child in swaps:
                 setattr(parent, name, swaps[child])
+    apply_fusions(model, report.fusions)
     return report
 
 
@@ -275,49 +302,20 @@ def _decide_for_all_names(
     if type(linear) is not nn.Linear:
         reason = f"a {type(linear).__name__}: only nn.Linear itself is converted"
         return {"action": "skip", "rule": "default", "reason": reason, "recipe": None}
+    if linear.weight.dtype not in FLOATS:
+        reason = f"weight.dtype = {linear.weight.dtype} is neither {' nor '.join(map(str, FLOATS))}"
+        return {"action": "skip", "rule": "default", "reason": reason, "recipe": None}
     if decision.action == "convert" and isinstance(linear.weight, DTensor):
         raise ValueError(f"{fqn} has a sharded weight (DTensor): convert the model before FSDP or tensor parallelism")
     return {name: getattr(decision, name) for name in ("action", "rule", "reason", "recipe")}
+
+
+def _alike(row: Row) -> Hashable:
+    """What rows that share a line of the table have in common."""
+    return row.shape, row.action, row.rule, row.reason, row.recipe
 
 
 def _describe(recipe: Recipe, unlike: Recipe | None = None) -> str:
     """ "wgrad=bf16 …": the fields of a recipe, or those in which it differs from another."""
     values = [(field.name, getattr(recipe, field.name)) for field in fields(Recipe)]
     return " ".join(f"{name}={value}" for name, value in values if unlike is None or getattr(unlike, name) != value)
-
-
-def _collapse(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
-    """Group rows equal but for the numbers in their FQNs, under names such as "layers.{0-31}.attention.wq".
-
-    Numbers are merged position by position, from the right, and only among names equal elsewhere: a group's name stands for
-    exactly the rows in it.
-    """
-    groups = {
-        (tuple(row.fqn.split(".")), (row.shape, row.action, row.rule, row.reason, row.recipe)): [row] for row in rows
-    }
-    for position in reversed(range(max((len(parts) for parts, _ in groups), default=0))):
-        families: dict[Any, dict[str, list[Row]]] = {}
-        for (parts, alike), members in groups.items():
-            number = parts[position] if position < len(parts) and parts[position].isdecimal() else ""
-            pattern = (*parts[:position], None, *parts[position + 1 :]) if number else parts
-            families.setdefault((pattern, alike), {})[number] = members
-        groups = {
-            (tuple(_ranges(by_number) if part is None else part for part in pattern), alike): [
-                row for members in by_number.values() for row in members
-            ]
-            for (pattern, alike), by_number in families.items()
-        }
-    return [(".".join(parts), members) for (parts, _), members in groups.items()]
-
-
-def _ranges(numbers: Collection[str]) -> str:
-    """["0", "1", "2", "5"] -> "{0-2,5}"; a single number stays as it is."""
-    if len(numbers) == 1:
-        return next(iter(numbers))
-    runs: list[list[int]] = []
-    for number in sorted(map(int, numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"

@@ -15,10 +15,13 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
+from .checkpointing import checkpointing_note, prepare_for_checkpointing
 from .config import BlockwiseFP8
 from .conversion import ConversionReport, convert_model, gather_weights_in_fp8
 from .formats import BLOCK
 from .ops.backend import describe_gemm_backend
+from .recipe import Fuse
+from .recomputation import ActivationSave
 from .weight import refresh_scales
 from .weight_cache import cache_weights, drop_cached_weights
 
@@ -41,9 +44,13 @@ def check_job(job_config: JobConfig, tensor_parallel_degree: int) -> None:
     """Refuse what blockwise fp8 cannot run beside.
 
     Raises:
-        ValueError: another quantising converter; tensor parallelism that is compiled on a torch where that fails, or asynchronous;
-            with the way out.
+        ValueError: this converter twice or another quantising one; tensor parallelism that is compiled on a torch where that fails,
+            or asynchronous; with the way out.
     """
+    if job_config.model.converters.count(NAME) > 1:
+        raise ValueError(
+            f"model.converters = {job_config.model.converters}: {NAME!r} converts a model once; name it once"
+        )
     for other in job_config.model.converters:
         if other != NAME and _OTHER_QUANTISER.search(other):
             raise ValueError(
@@ -54,6 +61,33 @@ def check_job(job_config: JobConfig, tensor_parallel_degree: int) -> None:
         check_tensor_parallel_job(job_config, tensor_parallel_degree)
 
 
+def compiles_blocks(job_config: JobConfig) -> bool:
+    return job_config.compile.enable and "model" in job_config.compile.components
+
+
+def checkpoints_by_op(job_config: JobConfig) -> bool:
+    """Whether selective activation checkpointing decides op by op."""
+    checkpointing = job_config.activation_checkpoint
+    return checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op"
+
+
+def ac_save_of(job_config: JobConfig) -> ActivationSave:
+    """What to tell `prepare_for_checkpointing`."""
+    if checkpoints_by_op(job_config):
+        return section_of(job_config).ac_save
+    return "none" if job_config.activation_checkpoint.mode == "full" else "gemm"
+
+
+def columns_apart(job_config: JobConfig) -> bool:
+    """See `Recomputation`: whether blocks are compiled under a checkpoint."""
+    return compiles_blocks(job_config) and job_config.activation_checkpoint.mode in ("full", "selective")
+
+
+def fuse_beside(section: BlockwiseFP8, degree: int) -> Fuse:
+    """What to fuse beside tensor parallelism of this degree: its shards go through hooks on norms and Linears."""
+    return section.fuse if degree == 1 else "off"
+
+
 def check_tensor_parallel_job(job_config: JobConfig, degree: int) -> None:
     """Raises ValueError, with the way out, for what cannot run under tensor parallelism."""
     asked = f"parallelism.tensor_parallel_degree = {degree}"
@@ -62,8 +96,7 @@ def check_tensor_parallel_job(job_config: JobConfig, degree: int) -> None:
             f"{asked} with enable_async_tensor_parallel = true: that pipelines the collectives of bf16 GEMMs and knows none "
             "of blockwise fp8; set parallelism.enable_async_tensor_parallel = false"
         )
-    compiles_blocks = job_config.compile.enable and "model" in job_config.compile.components
-    if compiles_blocks and TorchVersion(torch.__version__) >= FIRST_TORCH_WITHOUT_COMPILED_TP:
+    if compiles_blocks(job_config) and TorchVersion(torch.__version__) >= FIRST_TORCH_WITHOUT_COMPILED_TP:
         raise ValueError(
             f"{asked} with compile.enable = true and 'model' in compile.components: compiled blocks under tensor parallelism fail in "
             f"backward with torch {torch.__version__}, in bf16 too ('Tensor' object has no attribute '_local_tensor'); use torch 2.11, "
@@ -93,12 +126,30 @@ def note_on_gathers(section: BlockwiseFP8, degree: int) -> list[str]:
     ]
 
 
+def notes_on_job(report: ConversionReport, job_config: JobConfig, degree: int, fsdp: bool) -> list[str]:
+    """What a report says about the job around the model.
+
+    Args:
+        degree: of tensor parallelism.
+        fsdp: whether FSDP shards the model.
+    """
+    section = section_of(job_config)
+    notes = note_on_tensor_parallelism(report, degree)
+    if fsdp:
+        notes += note_on_gathers(section, degree)
+    if section.fuse != fuse_beside(section, degree):
+        notes.append(f'fuse = "{section.fuse}" has no effect beside tensor parallelism of degree {degree}')
+    if checkpoints_by_op(job_config):
+        notes.append(checkpointing_note(report, section.ac_save))
+    return notes
+
+
 class BlockwiseFP8Converter:
     """torchtitan's `ModelConverter` for blockwise fp8. Keeps no module: pipeline parallelism copies the model after conversion.
 
     Raises:
-        ValueError: [blockwise_fp8] or its rules_file is wrong, the device cannot run a backend asked for, or the job has another
-            quantising converter or a tensor parallelism that cannot run (see `check_job`).
+        ValueError: [blockwise_fp8] or its rules_file is wrong, the device cannot run a backend asked for, or the job has this
+            converter twice, another quantising one or a tensor parallelism that cannot run (see `check_job`).
     """
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
@@ -131,16 +182,21 @@ class BlockwiseFP8Converter:
             ValueError: as `convert_model`; nothing is swapped then.
         """
         try:
-            report = convert_model(model, self.rules, recipe=self.section.recipe())
+            fuse = fuse_beside(self.section, self.tensor_parallel_degree)
+            report = convert_model(model, self.rules, recipe=self.section.recipe(), fuse=fuse)
         except ValueError as error:
             raise ValueError(f"[{NAME}] {error}") from error
         if self.fp8_all_gather:
             report = gather_weights_in_fp8(model, report)
         if self.cache_weight:
             cache_weights(model)
-        report = report.with_notes(*note_on_tensor_parallelism(report, self.tensor_parallel_degree))
-        if self.fsdp:
-            report = report.with_notes(*note_on_gathers(self.section, self.tensor_parallel_degree))
+        prepare_for_checkpointing(
+            model,
+            report,
+            ac_save_of(self.job_config),
+            columns_apart=columns_apart(self.job_config),
+        )
+        report = report.with_notes(*notes_on_job(report, self.job_config, self.tensor_parallel_degree, self.fsdp))
         save_fp8_gemms_under_selective_checkpointing(self.job_config.model.name)
         if _rank() == 0:
             name, flavor = self.job_config.model.name, self.job_config.model.flavor

@@ -7,11 +7,13 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .autograd import blockwise_fp8_matmul
+from .activation import QuantizedInput
+from .autograd import FLOATS, KnownWeight, blockwise_fp8_matmul, matmul_obstacle
 from .formats import ALIGNMENT
 from .recipe import Recipe
+from .recomputation import Recomputation
 from .tensor_parallel import check_weight_shards, sharded_matmul
-from .weight import WeightScales, gather_in_fp8, is_gathered_in_fp8, plain_shard
+from .weight import GatheredFP8Weight, WeightScales, gather_in_fp8, is_gathered_in_fp8, plain_shard
 from .weight_cache import CachedWeight
 
 
@@ -44,6 +46,9 @@ class BlockwiseFP8Linear(nn.Linear):
     cached_weight: CachedWeight | None = None
     """The quantised weight, where `cache_weights` asked for that."""
 
+    recomputation: Recomputation = Recomputation()
+    """What activation checkpointing computes again."""
+
     def __init__(
         self,
         in_features: int,
@@ -55,6 +60,7 @@ class BlockwiseFP8Linear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_features(in_features, out_features)
+        _check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe = recipe
 
@@ -66,9 +72,10 @@ class BlockwiseFP8Linear(nn.Linear):
             recipe: numerics and backend.
             fqn: its name in the model, for error messages.
         Raises:
-            ValueError: in_features or out_features is not a positive multiple of 16.
+            ValueError: in_features or out_features is not a positive multiple of 16; the weight is neither bf16 nor fp32.
         """
         _check_features(linear.in_features, linear.out_features)
+        _check_dtype("weight.dtype", linear.weight.dtype)
         twin = cls.__new__(cls)
         # A module's state is its __dict__; registries are copied, so that what is registered on one is not on the other.
         twin.__dict__ = {
@@ -89,13 +96,27 @@ class BlockwiseFP8Linear(nn.Linear):
             check_weight_shards(param, self.fqn)
         super().register_parameter(name, param)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor | QuantizedInput) -> Tensor:
+        self.check_input(input)
         if isinstance(self.weight, DTensor):
-            output = sharded_matmul(input, self.weight, self.recipe)
+            output = sharded_matmul(input, self.weight, self.recipe, self.recomputation)
         else:
-            quantized = None if self.cached_weight is None else self.cached_weight.of(self.weight)
-            output = blockwise_fp8_matmul(input, self.weight, self.recipe, quantized)
+            output = blockwise_fp8_matmul(input, self.known_weight(), self.recipe, self.recomputation)
         return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def check_input(self, input: Tensor | QuantizedInput) -> None:
+        """Raises ValueError where this linear cannot take an input: names itself, the argument, its value and the requirement."""
+        if obstacle := matmul_obstacle(input, self.weight, self.recipe):
+            # Only here is the name read: code compiled for one layer would not serve the next if it depended on it.
+            raise ValueError(f"{self.fqn}: {obstacle}" if self.fqn else obstacle)
+
+    def known_weight(self) -> KnownWeight:
+        """The weight, not sharded, with the quantised forms that are at hand."""
+        weight = self.weight
+        if isinstance(weight, GatheredFP8Weight):
+            return KnownWeight(weight, weight.w_q, weight.w_dq)
+        quantized = None if self.cached_weight is None else self.cached_weight.of(weight)
+        return KnownWeight(weight, *(quantized or ()))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Hand out plain tensors: a checkpoint must load where this package is not installed."""
@@ -124,3 +145,11 @@ def _check_features(in_features: int, out_features: int) -> None:
                 f"{name} = {features}: must be a positive multiple of {ALIGNMENT}, the unit in which fp8 tensor cores read rows; "
                 "keep this layer an nn.Linear"
             )
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise ValueError(
+            f"{name} = {dtype}: must be {' or '.join(map(str, FLOATS))}, from which weights are quantised; "
+            "cast the layer, or keep it an nn.Linear"
+        )

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 GemmBackend = Literal["auto", "triton", "cublas", "reference"]
 WeightGradient = Literal["fp8", "bf16", "fp8_block"]
 ScaleFormat = Literal["fp32", "pow2"]
+Fuse = Literal["auto", "off"]
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,13 @@ class Recipe:
             value, allowed = getattr(self, field.name), get_args(field.type)
             if value not in allowed:
                 raise ValueError(f"{field.name} = {value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+    @property
+    def quantize_backend(self) -> Literal["auto", "reference"]:
+        """Who quantises for that GEMM backend."""
+        return "reference" if self.gemm_backend == "reference" else "auto"
+
+    def quantizes_like(self, other: "Recipe") -> bool:
+        """Whether what the one quantises for y and dw the other can multiply."""
+        keys = [(recipe.wgrad, recipe.scale_format, recipe.quantize_backend) for recipe in (self, other)]
+        return keys[0] == keys[1]

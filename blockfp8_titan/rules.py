@@ -16,6 +16,8 @@ Action = Literal["convert", "skip"]
 
 ROUTER_GATE = "*.router.gate"
 
+_A_GLOB = "a glob on FQNs such as 'layers.*.attention.w[kv]', or '*' for every Linear"
+
 _RECIPE_FIELDS = tuple(field.name for field in fields(Recipe))
 
 
@@ -27,8 +29,8 @@ class Rule:
         ValueError: names the key, its value and the requirement.
     """
 
-    match: str = "*"
-    """Glob on a Linear's whole FQN; `*` crosses dots: "layers.*.attention.w[kv]"."""
+    match: str = ""
+    """Glob on a Linear's whole FQN, required; `*` crosses dots: "layers.*.attention.w[kv]"."""
 
     action: Action = "convert"
     """What happens to the Linears that match."""
@@ -52,8 +54,10 @@ class Rule:
     """The rule matches only Linears with at least so many out_features."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.match, str) or not self.match:
-            raise ValueError(f"match = {self.match!r}: must be a glob on FQNs, for example 'layers.*.attention.w[kv]'")
+        if not isinstance(self.match, str):
+            raise ValueError(f"match = {self.match!r}: must be a string, {_A_GLOB}")
+        if not self.match:
+            raise ValueError(f"match is missing or empty: each rule needs one, {_A_GLOB}")
         if self.action not in get_args(Action):
             raise ValueError(f"action = {self.action!r}: must be one of {', '.join(map(repr, get_args(Action)))}")
         if not isinstance(self.reason, str):

@@ -14,15 +14,17 @@ of a whole tensor are not those of its shards where a shard ends within a block.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from .autograd import blockwise_fp8_matmul
+from .autograd import KnownWeight, blockwise_fp8_matmul
 from .formats import ALIGNMENT
 from .recipe import Recipe
+from .recomputation import Recomputation
 
 
 class LinearPlacements(NamedTuple):
@@ -65,13 +67,14 @@ def linear_placements(x: tuple[Placement, ...], w: tuple[Placement, ...], x_dims
     return LinearPlacements(*zip(*by_mesh_dim, strict=True))
 
 
-def sharded_matmul(x: Tensor, w: DTensor, recipe: Recipe) -> DTensor:
+def sharded_matmul(x: Tensor, w: DTensor, recipe: Recipe, recomputation: Recomputation) -> DTensor:
     """`blockwise_fp8_matmul` of DTensors.
 
     Args:
         x: DTensor [..., K] bf16 or fp32, on w's mesh, placed in any way; partial sums are reduced first.
         w: DTensor [N, K], each mesh dimension Shard(0), Shard(1) or Replicate; shards as `check_weight_shards` wants them.
         recipe: numerics and backend.
+        recomputation: what activation checkpointing computes again.
     Returns:
         DTensor [..., N], placed as the module's table says: the caller reduces or gathers it.
     Raises:
@@ -88,8 +91,9 @@ def sharded_matmul(x: Tensor, w: DTensor, recipe: Recipe) -> DTensor:
     placements = linear_placements(x.placements, w.placements, x.dim())
     y = blockwise_fp8_matmul(
         x.redistribute(placements=placements.x).to_local(grad_placements=placements.dx),
-        w.to_local(grad_placements=placements.dw),
+        KnownWeight(w.to_local(grad_placements=placements.dw)),
         recipe,
+        recomputation,
     )
     if all(placement.is_replicate() for placement in w.placements):
         # Tokens may be split unevenly: the whole's sizes do not follow from this rank's.
@@ -107,11 +111,24 @@ def check_weight_shards(w: DTensor, fqn: str) -> None:
     Raises:
         ValueError: a dimension does not split into equal multiples of 16.
     """
-    for dim, name in enumerate(("out_features", "in_features")):
-        degree = math.prod(w.device_mesh.size(i) for i, placement in enumerate(w.placements) if placement.is_shard(dim))
-        if w.shape[dim] % (degree * ALIGNMENT):
+    degrees = [
+        math.prod(w.device_mesh.size(i) for i, placement in enumerate(w.placements) if placement.is_shard(dim))
+        for dim in (0, 1)
+    ]
+    check_split(w.shape, degrees, fqn)
+
+
+def check_split(shape: Sequence[int], degrees: Sequence[int], fqn: str) -> None:
+    """As `check_weight_shards`, of sizes alone.
+
+    Args:
+        shape: the whole weight's, (out_features, in_features).
+        degrees: over how many ranks each of the two is split.
+    """
+    for name, size, degree in zip(("out_features", "in_features"), shape, degrees, strict=True):
+        if size % (degree * ALIGNMENT):
             raise ValueError(
-                f"{fqn or 'a blockwise-fp8 linear'}: {name} = {w.shape[dim]} split over {degree} ranks is {w.shape[dim] / degree:g} "
+                f"{fqn or 'a blockwise-fp8 linear'}: {name} = {size} split over {degree} ranks is {size / degree:g} "
                 f"on each: must be a multiple of {ALIGNMENT}; lower tensor_parallel_degree, or keep the layer out of fp8 "
                 f"with a rule: match = {fqn or '<name>'!r}, action = 'skip'"
             )

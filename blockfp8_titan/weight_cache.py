@@ -33,8 +33,9 @@ class CachedWeight:
 
     def refresh(self, weight: Tensor, recipe: Recipe) -> None:
         if self.of(weight) is None and not weight.is_meta:
-            backend = "reference" if recipe.gemm_backend == "reference" else "auto"
-            self.tensors = ops.quantize_128x128_both(weight.detach(), recipe.scale_format, backend=backend)
+            self.tensors = ops.quantize_128x128_both(
+                weight.detach(), recipe.scale_format, backend=recipe.quantize_backend
+            )
             self._quantized_from = _state(weight)
 
     def clear(self) -> None:

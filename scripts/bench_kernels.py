@@ -9,7 +9,8 @@ after a hungry neighbour, so times of separate runs do not compare. A sample is 
 3 ms together, between two CUDA events, after a write of 256 MB that empties L2; reported are the median of the samples and their
 spread. Every candidate's result is checked. A peer that cannot be imported is named as absent.
 
-Writes NAME.json, NAME.md and NAME.png to --out. Exits with 2 where there is no suitable GPU, with 1 when a result is wrong.
+Writes NAME.json and NAME.md to --out after every shape, and NAME.png at the end, which Ctrl-C brings forward. Exits with 2 where there
+is no suitable GPU, with 1 when a result is wrong, with 130 when it was interrupted.
 """
 
 import argparse
@@ -294,16 +295,21 @@ def _deep_gemm(o: GemmOperands) -> Candidate:
 
     a_q, a_dq, b_q, b_dq = o.blockwise
     size = (a_q.shape[0], b_q.shape[0])
+    options: dict[str, Any] = {}
     if o.kind == FORWARD:
+        multiply = getattr(deep_gemm, "fp8_gemm_nt", None) or deep_gemm.gemm_fp8_fp8_bf16_nt  # as it was called before
         out = a_q.new_empty(size, dtype=torch.bfloat16)
-        options: dict[str, Any] = {}
     else:
         # On Hopper the kernel for 1x128 on both sides writes fp32 and adds to what is there.
         out = a_q.new_zeros(size, dtype=torch.float32)
-        options = {"c": out, "recipe": (1, 1, 128)}
+        if hasattr(deep_gemm, "fp8_gemm_nt"):
+            multiply, options = deep_gemm.fp8_gemm_nt, {"c": out, "recipe": (1, 1, 128)}
+        else:
+            multiply = deep_gemm.wgrad_gemm_fp8_fp8_fp32_nt
 
     def run() -> Tensor:
-        deep_gemm.fp8_gemm_nt((a_q, a_dq), (b_q, b_dq), out, **options)
+        # Multipliers as ours lie: M-contiguous with M a multiple of 4, what its Hopper kernels load as they are.
+        multiply((a_q, a_dq), (b_q, b_dq), out, **options)
         return out
 
     return o.blockwise_candidate(run, accumulates=o.kind == WGRAD)
@@ -543,12 +549,19 @@ def measure(
 
 @dataclass
 class Bench:
-    """One run: who takes part, who is absent, what was left out."""
+    """One run: who takes part, who is absent, what was measured and what left out.
+
+    after_shape: called whenever there is more in gemm, quantize or host_us.
+    """
 
     device: torch.device
     timer: Timer
     absent: dict[str, str] = field(default_factory=dict)
+    after_shape: Callable[[], None] = lambda: None
     dropped: dict[str, str] = field(default_factory=dict)
+    gemm: list[dict[str, Any]] = field(default_factory=list)
+    quantize: list[dict[str, Any]] = field(default_factory=list)
+    host_us: dict[str, dict[str, Any]] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
     def contenders(self, among: Sequence[Contender], kind: str | None = None) -> list[Contender]:
@@ -569,9 +582,13 @@ class Bench:
         return {"M": rows, "K": columns, **record}
 
     def section(
-        self, shapes: Sequence[Shape], seconds: float, one: Callable[[Shape, Budget, float], dict[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """Measure shapes until the time is up, in an order that leaves out evenly."""
+        self,
+        records: list[dict[str, Any]],
+        shapes: Sequence[Shape],
+        seconds: float,
+        one: Callable[[Shape, Budget, float], dict[str, Any]],
+    ) -> None:
+        """Measure shapes until the time is up, in an order that leaves out evenly; records are in the order of shapes."""
         budget = Budget(seconds)
         done: dict[Shape, dict[str, Any]] = {}
         for number, shape in enumerate(spread_out(shapes)):
@@ -585,18 +602,19 @@ class Bench:
                 self.say(f"{shape.name}: {self.dropped[shape.name]}")
                 continue
             done[shape] = candidates
+            records[:] = [
+                {
+                    **{"shape": s.name, "kind": s.kind, "M": s.M, "K": s.K, "uses": s.uses},
+                    **({"N": s.N, "flops": s.flops} if s.N else {}),
+                    "candidates": done[s],
+                }
+                for s in shapes
+                if s in done
+            ]
             self.say(f"{shape.name} {shape.size}: {progress(candidates)}")
-        return [
-            {
-                **{"shape": s.name, "kind": s.kind, "M": s.M, "K": s.K, "uses": s.uses},
-                **({"N": s.N, "flops": s.flops} if s.N else {}),
-                "candidates": done[s],
-            }
-            for s in shapes
-            if s in done
-        ]
+            self.after_shape()
 
-    def gemm(self, shapes: Sequence[Shape], seconds: float, copy_gbps: float) -> list[dict[str, Any]]:
+    def measure_gemm(self, shapes: Sequence[Shape], seconds: float, copy_gbps: float) -> None:
         def one(shape: Shape, budget: Budget, seconds: float) -> dict[str, Any]:
             return measure(
                 self.contenders(GEMMS, shape.kind),
@@ -609,9 +627,9 @@ class Bench:
                 copy_gbps=copy_gbps,
             )
 
-        return self.section(shapes, seconds, one)
+        self.section(self.gemm, shapes, seconds, one)
 
-    def quantize(self, shapes: Sequence[Shape], seconds: float) -> list[dict[str, Any]]:
+    def measure_quantize(self, shapes: Sequence[Shape], seconds: float) -> None:
         def one(shape: Shape, budget: Budget, seconds: float) -> dict[str, Any]:
             return measure(
                 self.contenders(QUANTIZERS, shape.kind),
@@ -624,12 +642,12 @@ class Bench:
                 copy_gbps=None,
             )
 
-        return self.section(shapes, seconds, one)
+        self.section(self.quantize, shapes, seconds, one)
 
-    def host(self, seconds: float, size: int = 256, calls: int = 300) -> dict[str, dict[str, Any]]:
+    def measure_host(self, seconds: float, size: int = 256, calls: int = 300) -> None:
         """The host's µs for a call: the median of eager calls at a size where the GPU keeps up, not synchronised."""
         budget = Budget(seconds)
-        found: dict[str, dict[str, Any]] = {}
+        found = self.host_us
         jobs = [(c, kind) for kind in (FORWARD, WGRAD) for c in self.contenders(GEMMS, kind)]
         jobs += [(c, "quantize") for c in self.contenders(QUANTIZERS)]
         # Those that tune come last: they alone may not get their turn.
@@ -651,7 +669,7 @@ class Bench:
                 self.dropped[f"host {contender.name} {kind}"] = reason(failure)
         for kind, times in found.items():
             self.say(f"host µs, {kind}: " + ", ".join(f"{name} {us:.1f}" for name, us in times.items()))
-        return found
+        self.after_shape()
 
 
 def progress(candidates: dict[str, dict[str, Any]]) -> str:
@@ -819,6 +837,8 @@ def report(result: dict[str, Any]) -> str:
         "percentile) / median; × is the median over rounds of the ratio of speeds. GB/s count each operand and result once.",
         "\n".join(f"- {name}: {note}" for name, note in result["notes"].items()),
     ]
+    if result["interrupted"]:
+        parts.append("This run was not finished.")
     if result["absent"]:
         parts.append("Absent:\n" + "\n".join(f"- {name}: {why}" for name, why in result["absent"].items()))
     if result["dropped"]:
@@ -959,8 +979,13 @@ def bench(
     seconds: float,
     copied: tuple[int, int] = (16384, 14336),
     host_size: int = 256,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Measure and return the result, ready for JSON; kernels and peaks, which need a GPU, are empty."""
+    """Measure and return the result, ready for JSON; kernels and peaks, which need a GPU, are empty.
+
+    save: called with the result so far after every shape. An interrupt ends the run, not what was measured.
+    """
+    origin = provenance()
     present, absent = find_peers()
     run = Bench(device, timer, absent)
     for name, version in present.items():
@@ -974,27 +999,40 @@ def bench(
         left = seconds - (time.monotonic() - run.started)
         return max(left, 0.0) * SHARES[section] / sum(SHARES[name] for name in sections[sections.index(section) :])
 
-    gemm = run.gemm(gemms, share("gemm"), copy["gbps"]) if "gemm" in sections else []
-    quantize = run.quantize(quantized, share("quantize")) if "quantize" in sections else []
-    host = run.host(share("host"), host_size) if "host" in sections else {}
-    return {
-        **provenance(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "peak_tflops": None,
-        "suite": suite,
-        "seconds": time.monotonic() - run.started,
-        "sampling": {"flush_bytes": FLUSH_BYTES, "sample_us": SAMPLE_US, "rounds": [MIN_ROUNDS, MAX_ROUNDS]},
-        "notes": {c.name: c.note for c in (*GEMMS, *QUANTIZERS) if c.note and c.peer not in absent},
-        "peers": present,
-        "absent": absent,
-        "dropped": run.dropped,
-        "copy": copy,
-        "summary": summarise([*gemm, *quantize]),
-        "gemm": gemm,
-        "quantize": quantize,
-        "host_us": host,
-        "kernels": [],
-    }
+    def result(interrupted: bool) -> dict[str, Any]:
+        return {
+            **origin,
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "peak_tflops": None,
+            "suite": suite,
+            "seconds": time.monotonic() - run.started,
+            "interrupted": interrupted,
+            "sampling": {"flush_bytes": FLUSH_BYTES, "sample_us": SAMPLE_US, "rounds": [MIN_ROUNDS, MAX_ROUNDS]},
+            "notes": {c.name: c.note for c in (*GEMMS, *QUANTIZERS) if c.note and c.peer not in absent},
+            "peers": present,
+            "absent": absent,
+            "dropped": run.dropped,
+            "copy": copy,
+            "summary": summarise([*run.gemm, *run.quantize]),
+            "gemm": run.gemm,
+            "quantize": run.quantize,
+            "host_us": run.host_us,
+            "kernels": [],
+        }
+
+    # Until its end a run counts as interrupted: it may be killed at any time.
+    run.after_shape = lambda: save(result(interrupted=True))
+    try:
+        if "gemm" in sections:
+            run.measure_gemm(gemms, share("gemm"), copy["gbps"])
+        if "quantize" in sections:
+            run.measure_quantize(quantized, share("quantize"))
+        if "host" in sections:
+            run.measure_host(share("host"), host_size)
+    except KeyboardInterrupt:
+        run.say("interrupted")
+        return result(interrupted=True)
+    return result(interrupted=False)
 
 
 def wrong_results(summary: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
@@ -1024,6 +1062,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")  # results are checked against true fp32
+    from blockfp8_titan.kernels import gemm_hopper  # needs Triton
+
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def save(result: dict[str, Any]) -> None:
+        compiled = [(str(key[2]), kernel) for key, kernel in library._compiled.items()]
+        compiled += [(str(key[1:]), kernel) for key, kernel in gemm_hopper.compiled.items()]
+        result["kernels"] = resources(compiled, multiprocessor_limits(device))
+        result["peak_tflops"] = peak_tflops(result["gpu"])
+        (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        (args.out / f"{args.name}.md").write_text(report(result))
+
     result = bench(
         CudaTimer(device),
         device,
@@ -1032,23 +1082,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gemms=gemms,
         quantized=quantized,
         seconds=args.seconds,
+        save=save,
     )
-    result["peak_tflops"] = peak_tflops(result["gpu"])
-    from blockfp8_titan.kernels import gemm_hopper  # needs Triton
-
-    compiled = [(str(key[2]), kernel) for key, kernel in library._compiled.items()]
-    compiled += [(str(key[1:]), kernel) for key, kernel in gemm_hopper.compiled.items()]
-    result["kernels"] = resources(compiled, multiprocessor_limits(device))
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    (args.out / f"{args.name}.md").write_text(report(result))
+    save(result)
     print(f"\n{overview(result)}\n")
     plot(result, args.out / f"{args.name}.png")
     wrong = wrong_results(result["summary"])
     for name in wrong:
         print(f"WRONG: {name}", file=sys.stderr)
-    return 1 if wrong else 0
+    return 1 if wrong else 130 if result["interrupted"] else 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Input data that kernels meet or should fear, by name; every call draws fresh numbers."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,3 +48,15 @@ def bits(x: Tensor) -> Tensor:
     """x's bits, on the CPU, for comparisons that tell NaN from NaN and 0 from -0."""
     x = x.detach().cpu().contiguous()
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.Tensor.new_empty or new_empty_strided, of memory that holds NaN, so that an element left unwritten shows."""
+
+    def new_empty(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = allocate(self, *args, **kwargs)
+        if not isinstance(out, torch._subclasses.FakeTensor):
+            out.untyped_storage().fill_(0xFF)
+        return out
+
+    return new_empty

@@ -17,9 +17,12 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 def gpu(monkeypatch):
     """Pretend that cuda:0 has a given compute capability."""
 
+    def forget():
+        for answer in (backend.triton_obstacle, backend.cublas_obstacle, backend.resolve_gemm_backend):
+            answer.cache_clear()
+
     def pretend(capability, cuda="13.0", hip=None):
-        backend.triton_obstacle.cache_clear()
-        backend.cublas_obstacle.cache_clear()
+        forget()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
@@ -27,8 +30,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.version, "hip", hip)
 
     yield pretend
-    backend.triton_obstacle.cache_clear()
-    backend.cublas_obstacle.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize(

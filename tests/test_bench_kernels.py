@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,7 +171,8 @@ def test_slow_shapes_get_the_fewest_rounds() -> None:
 def test_shapes_past_the_end_of_time_are_named() -> None:
     run = bench.Bench(CPU, ConstantTimer(1.0))
     shapes = bench.gemm_shapes([("8B", 4096)])
-    assert run.gemm(shapes, 0.0, 100.0) == []
+    run.measure_gemm(shapes, 0.0, 100.0)
+    assert run.gemm == []
     assert run.dropped == {shape.name: "time was up" for shape in shapes}
 
 
@@ -232,7 +234,67 @@ def test_a_run_measures_what_is_here_and_names_what_is_not(result: dict) -> None
     assert not any(c["wrong"] for c in (*x.values(), *w.values()))
     assert x["quantize_1x128"]["ratio"] == pytest.approx(x["quantize_1x128"]["bytes"] / x[COPY]["bytes"])
     assert result["host_us"]["quantize"]["quantize_1x128"] > 0
+    assert not result["interrupted"]
     assert any(name.startswith(f"host {BASE}") for name in result["dropped"])
+
+
+def test_results_are_saved_as_they_come_and_an_interrupt_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(x: torch.Tensor) -> Candidate:
+        if x.shape[0] == 32:
+            raise KeyboardInterrupt
+        return Candidate(lambda: x.clone(), (x,), lambda out: 0.0, 1.0)
+
+    saved: list[dict] = []
+    copies = (Contender(COPY, bench._copy, ("x",)), Contender("other", interrupt, ("x",)))
+    monkeypatch.setattr(bench, "QUANTIZERS", copies)
+    result = bench.bench(
+        ConstantTimer(1.0),
+        CPU,
+        suite="tiny",
+        sections=["quantize"],
+        gemms=[],
+        quantized=[Shape("x", rows, 0, 16, (f"{rows} rows",)) for rows in (16, 32, 64)],  # the second comes last
+        seconds=60,
+        copied=(64, 64),
+        save=lambda partial: saved.append(json.loads(json.dumps(partial))),
+    )
+    assert [[record["shape"] for record in partial["quantize"]] for partial in saved] == [
+        ["16 rows"],
+        ["16 rows", "64 rows"],
+    ]
+    assert result["interrupted"] and [record["shape"] for record in result["quantize"]] == ["16 rows", "64 rows"]
+    assert "not finished" in bench.report(result) and "not finished" in bench.report(saved[0])
+
+
+@pytest.mark.parametrize("kind", [FORWARD, WGRAD])
+@pytest.mark.parametrize("version", ["fp8_gemm_nt", "older names"])
+def test_deep_gemm_gets_its_operands_under_both_its_names(
+    version: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in with DeepGEMM's signatures, computing by our reference."""
+
+    def forward(lhs: tuple, rhs: tuple, out: torch.Tensor) -> None:
+        assert out.dtype == torch.bfloat16 and lhs[1].stride(0) == 1 and rhs[1].is_contiguous()
+        out.copy_(bench.reference.gemm_1x128_128x128(*lhs, *rhs, torch.float32))
+
+    def wgrad(lhs: tuple, rhs: tuple, out: torch.Tensor) -> None:
+        assert out.dtype == torch.float32 and lhs[1].stride(0) == rhs[1].stride(0) == 1
+        out.add_(bench.reference.gemm_1x128_1x128(*lhs, *rhs, torch.float32))
+
+    def fp8_gemm_nt(a, b, d, c=None, recipe=None, compiled_dims="nk", disable_ue8m0_cast=False) -> None:
+        if recipe == (1, 1, 128):
+            assert c is d
+            wgrad(a, b, d)
+        else:
+            assert c is None and recipe is None
+            forward(a, b, d)
+
+    older = {"gemm_fp8_fp8_bf16_nt": forward, "wgrad_gemm_fp8_fp8_fp32_nt": wgrad}
+    stand_in = SimpleNamespace(**({"fp8_gemm_nt": fp8_gemm_nt} if version == "fp8_gemm_nt" else older))
+    monkeypatch.setitem(sys.modules, "deep_gemm", stand_in)
+    operands = bench.GemmOperands(Shape(kind, 256, 128, 384, ("tiny",)), CPU)
+    error, _ = bench.check(bench._deep_gemm(operands))
+    assert error <= bench.GEMM_BOUND
 
 
 def test_the_error_of_a_blockwise_gemm_is_that_of_rounding_its_result() -> None:

@@ -61,6 +61,8 @@ def test_overrides(read):
         "--blockwise_fp8.gemm_backend=reference",
         "--blockwise_fp8.scale_format=pow2",
         "--blockwise_fp8.fp8_all_gather=false",
+        "--blockwise_fp8.fuse=off",
+        "--blockwise_fp8.ac_save=none",
         "--blockwise_fp8.rules.0.match=layers.0.*",
         "--blockwise_fp8.rules.1.wgrad=None",
         "--blockwise_fp8.rules.1.min_in_features=16",
@@ -68,6 +70,7 @@ def test_overrides(read):
     ).blockwise_fp8
     assert section.recipe() == Recipe("reference", "bf16", "pow2")
     assert section.fp8_all_gather is False
+    assert (section.fuse, section.ac_save) == ("off", "none")
     assert section.rules == [Rule("layers.0.*", "skip"), Rule("layers.*.feed_forward.*", min_in_features=16)]
     assert [placed.origin for placed in section.all_rules()] == ["skip_kv.toml rule 1", "rule 1", "rule 2"]
 
@@ -89,8 +92,10 @@ def test_the_spellings_of_a_boolean(read, args, value):
     [
         ("--blockwise_fp8.fp8_all_gather=maybe", "invalid choice 'maybe'"),
         ("--blockwise_fp8.wgrad=fp4", "invalid choice 'fp4'"),
+        ("--blockwise_fp8.ac_save=all", "invalid choice 'all'"),
         ("--blockwise_fp8.rules.0.action=drop", "invalid choice 'drop'"),
         ("--blockwise_fp8.rules.1.min_in_features=-1", "blockwise-fp8.rules.1: min_in_features = -1"),
+        ("--blockwise_fp8.rules.1.match=", "blockwise-fp8.rules.1: match is missing or empty"),
         ("--blockwise_fp8.rules.2.match=x", "rules.2.match=x"),
     ],
 )
@@ -109,13 +114,19 @@ def test_a_bad_override_ends_the_run_with_its_name(read, capsys, override, messa
         ("gemm_backend = 1", r"^\[blockwise_fp8\] gemm_backend = 1: must be one of 'auto'"),
         ("cache_weight = 1", r"^\[blockwise_fp8\] cache_weight = 1: must be true or false"),
         ("fp8_all_gather = 'no'", r"^\[blockwise_fp8\] fp8_all_gather = 'no': must be true or false"),
+        ("fuse = true", r"^\[blockwise_fp8\] fuse = True: must be one of 'auto', 'off'"),
+        ("ac_save = 'all'", r"^\[blockwise_fp8\] ac_save = 'all': must be one of 'gemm', 'balanced', 'none'"),
         ("rules_file = 3", r"^\[blockwise_fp8\] rules_file = 3: must be a path"),
         ("[blockwise_fp8.rules]\nmatch = '*'", r"^\[blockwise_fp8\] rules = .*must be an array of tables"),
         (
-            "[[blockwise_fp8.rules]]\n[[blockwise_fp8.rules]]\nmatsh = 'a'",
+            "[[blockwise_fp8.rules]]\nmatch = '*'\n[[blockwise_fp8.rules]]\nmatsh = 'a'",
             r"^\[blockwise_fp8\] rule 2: unknown key 'matsh', did you mean 'match'",
         ),
         ("[[blockwise_fp8.rules]]\nmatch = 1", r"^\[blockwise_fp8\] rule 1: match = 1"),
+        (
+            "[[blockwise_fp8.rules]]\naction = 'skip'",
+            r"^\[blockwise_fp8\] rule 1: match is missing or empty",
+        ),
         ("gemm_backends = 'auto'", "Invalid field names .*gemm_backends"),
     ],
 )
@@ -145,6 +156,8 @@ def test_help_shows_each_key_with_its_docstring(read, capsys):
     for part in (
         "--blockwise-fp8.fp8-all-gather {true,false} FSDP2 gathers",
         "--blockwise-fp8.cache-weight {true,false} Without FSDP2",
+        "--blockwise-fp8.fuse {auto,off} Norms and feed-forwards",
+        "--blockwise-fp8.ac-save {gemm,balanced,none} Which outputs",
         "--blockwise-fp8.wgrad {fp8,bf16,fp8_block} Weight gradient",
         "--blockwise-fp8.rules.0.match STR Glob on",
     ):

@@ -159,6 +159,18 @@ def test_subclasses_and_odd_sizes_are_left_alone_whatever_the_rules_say(model):
     assert {rows["layers.0.wq"].action, rows["layers.1.wq"].action} == {"skip"}
 
 
+def test_other_dtypes_are_left_alone_whatever_the_rules_say(model):
+    model.layers[0].half()
+    model.layers[1].wq.double()
+    model.layers[2].bfloat16()
+    report = convert_model(model, [{"match": "layers.*"}], recipe=REFERENCE)
+    assert fp8_names(model) == ["layers.1.wo", "layers.2.wq", "layers.2.wo"]
+    rows = {row.fqn: (row.action, row.rule, row.reason) for row in report.rows}
+    reason = "weight.dtype = {} is neither torch.bfloat16 nor torch.float32"
+    assert rows["layers.0.wo"] == ("skip", "default", reason.format("torch.float16"))
+    assert rows["layers.1.wq"] == ("skip", "default", reason.format("torch.float64"))
+
+
 def test_a_linear_by_itself_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"BlockwiseFP8Linear\.from_linear"):
         convert_model(nn.Linear(32, 32))

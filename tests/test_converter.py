@@ -158,9 +158,7 @@ def test_other_converters_are_welcome(job, other):
 
 def test_listed_twice_is_refused(job):
     job.model.converters = ["blockwise_fp8", "blockwise_fp8"]
-    with pytest.raises(
-        ValueError, match=r"^\[blockwise_fp8\] layers\.0\.attention\.wq is a BlockwiseFP8Linear already"
-    ):
+    with pytest.raises(ValueError, match="'blockwise_fp8' converts a model once; name it once$"):
         convert(job)
 
 
@@ -196,6 +194,7 @@ def test_blocks_unlike_those_of_one_gpu_are_noted(job, tmp_path, degree, noted):
     """256 and 768 features: halves end with a block, quarters do not."""
     convert(job, dims(degree, tp=degree))
     notes = json.loads((tmp_path / "run" / "blockwise_fp8_conversion.json").read_text())["notes"]
+    notes = [note for note in notes if "blocks of 128" in note]
     assert len(notes) == bool(noted)
     assert not noted or f"for {noted} Linears (layers.0.attention.wq …) out_features / 4 or in_features / 4" in notes[0]
 
@@ -219,7 +218,7 @@ def test_a_backend_that_the_device_cannot_run_is_refused(job):
     job.blockwise_fp8 = BlockwiseFP8(gemm_backend="cublas")
     with pytest.raises(ValueError, match=r'^\[blockwise_fp8\] gemm_backend = "cublas"'):
         converter.BlockwiseFP8Converter(job, dims())
-    job.blockwise_fp8 = BlockwiseFP8(rules=[Rule(), Rule("layers.0.*", gemm_backend="triton")])
+    job.blockwise_fp8 = BlockwiseFP8(rules=[Rule("*"), Rule("layers.0.*", gemm_backend="triton")])
     with pytest.raises(
         ValueError, match=r"^\[blockwise_fp8\] rule 2 \(match = 'layers\.0\.\*'\): gemm_backend = \"triton\""
     ):
@@ -239,6 +238,48 @@ def test_selective_checkpointing_saves_the_forward_gemm(job, monkeypatch):
     monkeypatch.setattr(parallelize, "_op_sac_save_list", saved)
     convert(job)
     assert saved == {torch.ops.aten.mm.default, torch.ops.blockfp8.gemm_1x128_128x128.default}
+
+
+def recomputations(model):
+    return [module.recomputation for module in model.modules() if hasattr(module, "recomputation")]
+
+
+@pytest.mark.parametrize(
+    ("mode", "option", "compiles", "apart", "recomputed"),
+    [
+        ("selective", "op", True, True, 18 + 12),
+        ("selective", "op", False, False, 18 + 12),
+        ("selective", "2", True, True, 0),
+        ("full", "op", True, True, 42 + 12),
+        ("none", "op", True, False, 0),
+    ],
+)
+def test_modules_know_how_they_will_be_checkpointed(job, tmp_path, mode, option, compiles, apart, recomputed):
+    job.activation_checkpoint.mode, job.activation_checkpoint.selective_ac_option = mode, option
+    job.compile.enable = compiles
+    found = recomputations(convert(job))
+    assert len(found) == 42 + 12
+    assert all(recomputation.columns_apart is apart for recomputation in found)
+    assert sum(recomputation.output for recomputation in found) == recomputed
+    notes = json.loads((tmp_path / "run" / "blockwise_fp8_conversion.json").read_text())["notes"]
+    assert any('ac_save = "balanced"' in note for note in notes) == (mode == "selective" and option == "op")
+
+
+def test_ac_save_none_recomputes_every_output(job):
+    job.activation_checkpoint.mode, job.activation_checkpoint.selective_ac_option = "selective", "op"
+    job.blockwise_fp8 = BlockwiseFP8(ac_save="none")
+    assert sum(recomputation.output for recomputation in recomputations(convert(job))) == 42 + 12
+
+
+@pytest.mark.parametrize(
+    ("fuse", "degree", "fused", "noted"), [("auto", 1, 18, 0), ("off", 1, 0, 0), ("auto", 2, 0, 1), ("off", 2, 0, 0)]
+)
+def test_what_is_fused(job, tmp_path, fuse, degree, fused, noted):
+    job.blockwise_fp8 = BlockwiseFP8(fuse=fuse)
+    convert(job, dims(degree, tp=degree))
+    report = json.loads((tmp_path / "run" / "blockwise_fp8_conversion.json").read_text())
+    assert sum(fusion["fused"] for fusion in report["fusions"]) == fused
+    assert report["notes"] == ['fuse = "auto" has no effect beside tensor parallelism of degree 2'] * noted
 
 
 def test_a_model_family_without_a_list_of_ops_to_save_converts_too(job, monkeypatch):

@@ -1,36 +1,21 @@
 import copy
-from collections import Counter
 
 import pytest
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torchtitan.tools.utils import set_default_dtype
 
 from blockfp8_titan import BlockwiseFP8Linear, Recipe
 from blockfp8_titan.numerics import SQNR_FLOOR_DB, sqnr
+
+from .llama import CountOps
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", CUDA]
 BACKENDS = [("cpu", "auto"), *(pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("auto", "triton", "reference"))]
 FLOATS = [torch.bfloat16, torch.float32]
-
-
-class CountOps(TorchDispatchMode):
-    """Counts the calls of our ops and of aten.mm."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "blockfp8" or func is torch.ops.aten.mm.default:
-            self.calls[func.__name__.removesuffix(".default")] += 1
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def gemms(self):
-        return sum(count for name, count in self.calls.items() if name.startswith("gemm") or name == "mm")
 
 
 def pair(in_features, out_features, *, bias=False, recipe=Recipe(), device="cpu", dtype=torch.float32):
@@ -321,16 +306,65 @@ def test_unaligned_features_are_refused(in_features, out_features, name):
             BlockwiseFP8Linear.from_linear(nn.Linear(in_features, out_features))
 
 
-def test_bad_inputs_are_named():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e4m3fn, torch.complex64])
+def test_other_dtypes_are_refused(dtype):
+    requirement = f"{dtype}: must be torch.bfloat16 or torch.float32, .*; cast the layer, or keep it an nn.Linear"
+    with pytest.raises(ValueError, match=f"^dtype = {requirement}"):
+        BlockwiseFP8Linear(32, 48, dtype=dtype)
+    with pytest.raises(ValueError, match=f"^weight.dtype = {requirement}"):
+        BlockwiseFP8Linear.from_linear(nn.Linear(32, 48, device="meta").to(dtype))
+
+
+def test_another_default_dtype_is_refused():
+    with set_default_dtype(torch.float16):
+        with pytest.raises(ValueError, match="^dtype = torch.float16: must be"):
+            BlockwiseFP8Linear(32, 48)
+        assert BlockwiseFP8Linear(32, 48, dtype=torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("fqn", ["", "layers.3.attention.wq"])
+def test_bad_inputs_are_named(fqn):
     linear, _ = pair(64, 32)
-    with pytest.raises(ValueError, match="input of a blockwise-fp8 linear has dtype torch.float16"):
+    linear.fqn = fqn
+    prefix = f"^{fqn}: " if fqn else "^"
+    with pytest.raises(ValueError, match=f"{prefix}input of a blockwise-fp8 linear has dtype torch.float16"):
         linear(torch.randn(2, 64).half())
-    with pytest.raises(ValueError, match=r"input has shape \(2, 32\): its last dimension must be in_features = 64"):
+    with pytest.raises(
+        ValueError, match=rf"{prefix}input has shape \(2, 32\): its last dimension must be in_features = 64"
+    ):
         linear(torch.randn(2, 32))
-    with pytest.raises(ValueError, match="weight of a blockwise-fp8 linear has dtype torch.float64"):
+    with pytest.raises(ValueError, match=f"{prefix}weight of a blockwise-fp8 linear has dtype torch.float64"):
         linear.double()(torch.randn(2, 64))
-    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="autocast's dtype is torch.float16"):
+    with (
+        torch.autocast("cpu", torch.float16),
+        pytest.raises(ValueError, match=f"{prefix}autocast's dtype is torch.float16"),
+    ):
         linear.float()(torch.randn(2, 64))
+
+
+def test_code_compiled_for_one_layer_serves_the_next_and_names_its_own():
+    torch._dynamo.reset()
+    linears = [BlockwiseFP8Linear.from_linear(nn.Linear(64, 32), fqn=f"layers.{i}.wq") for i in range(3)]
+    counter = torch._dynamo.testing.CompileCounter()
+    for linear in linears:
+        assert torch.compile(linear, fullgraph=True, backend=counter)(torch.randn(2, 64)).shape == (2, 32)
+    assert counter.frame_count == 1
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"layers\.2\.wq: .*dtype torch\.float16"):
+        torch.compile(linears[2], fullgraph=True, backend=counter)(torch.randn(2, 64).half())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_shapes_and_dtypes_without_data(dtype):
+    with FakeTensorMode():
+        fake = pair(64, 32, bias=True, dtype=dtype)[0], torch.empty(2, 7, 64, dtype=dtype)
+    meta = pair(64, 32, bias=True, device="meta", dtype=dtype)[0], torch.empty(2, 7, 64, device="meta", dtype=dtype)
+    for linear, x in (fake, meta):
+        y, dx, grads = gradients(linear, x, torch.empty_like(x[..., :32]))
+        assert (y.shape, y.dtype, y.device) == ((2, 7, 32), dtype, x.device)
+        assert (dx.shape, dx.dtype) == (x.shape, dtype)
+        assert all((grads[name].shape, grads[name].dtype) == (p.shape, dtype) for name, p in linear.named_parameters())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(x).dtype == nn.functional.linear(x, linear.weight).dtype
 
 
 @pytest.mark.parametrize("field, value", [("gemm_backend", "cutlass"), ("wgrad", "fp16"), ("scale_format", "ue8m0")])

@@ -121,17 +121,8 @@ def test_nan_stays_visible_and_local(kind, device, backend):
 def test_opcheck(kind, device):
     args = operands(kind, 16, 48, 144, device=device)
     torch.library.opcheck(
-        getattr(torch.ops.blockfp8, f"gemm_{kind}"), (*args, torch.bfloat16, "auto"), test_utils=CHECKS
+        getattr(torch.ops.blockfp8, f"gemm_{kind}").default, (*args, torch.bfloat16, "auto"), test_utils=CHECKS
     )
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["triton", "auto"])
-def test_runs_repeat_bitwise(kind, backend):
-    args = operands(kind, 512, 768, 2048, device="cuda")
-    first = gemm(kind, *args, backend=backend)
-    assert all(torch.equal(first, gemm(kind, *args, backend=backend)) for _ in range(50))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,7 +3,7 @@ import torch
 
 from blockfp8_titan import ops, reference
 
-from .data import CHECKS, KINDS, bits, draw
+from .data import CHECKS, KINDS, bits, draw, poisoned
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OPS = [
@@ -22,16 +22,6 @@ def poisoned_outputs(monkeypatch):
     """Every buffer that an op allocates starts as NaN, so that an element left unwritten shows."""
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
-
-
-def poisoned(allocate):
-    def new_empty(self, *args, **kwargs):
-        out = allocate(self, *args, **kwargs)
-        if not isinstance(out, torch._subclasses.FakeTensor):
-            out.untyped_storage().fill_(0xFF)
-        return out
-
-    return new_empty
 
 
 def test_the_poison_works():

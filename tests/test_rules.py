@@ -24,8 +24,7 @@ LINEARS = [
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"match": ""}, "match = ''"),
-        ({"match": 3}, "match = 3"),
+        ({"match": 3}, "match = 3: must be a string, a glob on FQNs"),
         ({"action": "konvert"}, "action = 'konvert': must be one of 'convert', 'skip'"),
         ({"reason": 1}, "reason = 1: must be a string"),
         ({"wgrad": "fp4"}, "wgrad = 'fp4': must be one of 'fp8', 'bf16'"),
@@ -36,10 +35,20 @@ LINEARS = [
     ],
 )
 def test_a_bad_value_is_named(values, message):
+    values = {"match": "*"} | values
     with pytest.raises(ValueError, match=message):
         Rule(**values)
     with pytest.raises(ValueError, match=f"^some.toml rule 2: {message}"):
         rules_from([{"match": "*"}, values], "some.toml")
+
+
+@pytest.mark.parametrize("values", [{}, {"match": ""}, {"action": "skip", "min_in_features": 1024}])
+def test_a_rule_needs_a_match(values):
+    message = "match is missing or empty: each rule needs one, a glob on FQNs such as .*, or '\\*' for every Linear"
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Rule(**values)
+    with pytest.raises(ValueError, match=f"^rule 2: {message}"):
+        rules_from([{"match": "*"}, values])
 
 
 def test_an_unknown_key_is_named_with_the_nearest_known_one():
@@ -139,7 +148,7 @@ def test_a_minimum_that_nothing_reaches_is_refused_with_the_largest_there_is():
 
 def test_a_model_without_linears_refuses_every_rule():
     with pytest.raises(ValueError, match="the model has none"):
-        check_rules_apply(rules_from([{}]), [])
+        check_rules_apply(rules_from([{"match": "*"}]), [])
 
 
 def test_a_rule_behind_others_that_take_all_is_warned_of():
@@ -193,7 +202,8 @@ def test_a_missing_file_is_answered_with_the_presets(name):
         ("[[rule]]\nmatch = '*'\n", "unknown top-level key 'rule', did you mean 'rules'"),
         ("# nothing\n", "has no rules"),
         ("rules = 3\n", "has no rules"),
-        ("[[rules]]\n[[rules]]\naction = 'no'\n", "bad.toml rule 2: action = 'no'"),
+        ("[[rules]]\nmatch = 'a'\n[[rules]]\nmatch = 'b'\naction = 'no'\n", "bad.toml rule 2: action = 'no'"),
+        ("[[rules]]\nmatch = 'a'\n[[rules]]\naction = 'skip'\n", "bad.toml rule 2: match is missing or empty"),
         ("[[rules]]\nmin_infeatures = 1\n", "rule 1: unknown key 'min_infeatures', did you mean 'min_in_features'"),
     ],
 )

@@ -163,17 +163,26 @@ def test_activation_checkpointing_changes_no_number(train: Train, fp8: Run, mode
     assert recomputed.grad_norms == fp8.grad_norms[:2]
 
 
-def test_compiled_blocks(train: Train, fp8: Run) -> None:
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_compiled_blocks(train: Train, fp8: Run, mode: str) -> None:
     backend = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
     compiled = train(
         "debug_blockwise_fp8",
         "--compile.enable",
         "--compile.components=model",
         f"--compile.backend={backend}",
+        f"--activation_checkpoint.mode={mode}",
+        "--activation_checkpoint.selective_ac_option=op",
         steps=3,
     )
     # Fused arithmetic keeps intermediate results in fp32 that eager rounds to bf16.
     assert largest_gap(compiled, fp8) < 0.005
+
+
+def test_unfused(train: Train, fp8: Run) -> None:
+    unfused = train("debug_blockwise_fp8", "--blockwise_fp8.fuse=off", steps=2)
+    # Fused, an intermediate result is rounded to bf16 once less.
+    assert unfused.losses != fp8.losses[:2] and largest_gap(unfused, fp8) < 0.002
 
 
 def test_ddp(train: Train, bf16: Run, fp8_from_bf16: Run) -> None:
@@ -297,6 +306,20 @@ def alone_on_gpu(train: Train) -> Run:
 @pytest.fixture(scope="module")
 def fp8_on_gpus(train: Train) -> Run:
     return train("debug_blockwise_fp8", *FULL_CHECKPOINTS, steps=STEPS, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overrides", [(), COMPILED], ids=["eager", "compiled"])
+def test_fp8_trains_as_bf16_does_on_one_gpu(train: Train, overrides: tuple[str, ...]) -> None:
+    bf16 = train("debug_bf16", *overrides, steps=STEPS, nproc=1, device="cuda")
+    triton = "--blockwise_fp8.gemm_backend=triton"
+    fp8 = train("debug_blockwise_fp8", triton, *overrides, steps=STEPS, nproc=1, device="cuda")
+    log = fp8.log.read_text()
+    assert "Blockwise fp8 GEMM backend: triton on " in log and "42 of 43 Linears in fp8" in log
+    assert ("Compiling each TransformerBlock" in log) == bool(overrides)
+    assert fp8.losses[-1] < fp8.losses[0] - 0.5
+    assert fp8.losses != bf16.losses
+    assert largest_gap(fp8, bf16) < 0.005
 
 
 @pytest.mark.gpus(2)

@@ -1,1 +1,1 @@
-"""Device code only; `ops` checks, allocates and launches."""
+"""Device code, and how it is started; `ops` checks and allocates."""

@@ -5,6 +5,9 @@ TMA; two warpgroups multiply and promote. Each warpgroup owns two parts of 64 ro
 whose result is scaled and added to the part's fp32 accumulator in registers while the tensor cores work for the other warpgroup.
 The two parts share one read of b's multipliers, which is what a per-row b is bound by.
 
+A promotion takes about as long as the other warpgroup's chain, so nothing else may stand between the end of one chain and the start
+of the next: barriers are waited for and signalled while a chain runs. That asks for a stage of shared memory more than otherwise.
+
 All that touches Gluon, which is experimental, is in this file.
 """
 
@@ -29,13 +32,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..formats import ceil_div
+from .launch import start
 
 # Triton renamed its TMA copies after 3.6.
 _tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 BM, BN = gl.constexpr(256), gl.constexpr(128)
-STAGES = gl.constexpr(3)
+STAGES = gl.constexpr(4)
 GROUP_M = gl.constexpr(8)  # height in tiles of a strip that is walked column by column, for the L2 cache
 
 
@@ -88,16 +92,30 @@ def _promote(acc, part, a_dq, b_dq, B_PER_ROW: gl.constexpr):
 
 
 @gluon.jit
+def _slices(x, COLUMNS: gl.constexpr):
+    """x [64, n] as a tuple of [64, COLUMNS], left to right."""
+    if x.shape[1] == COLUMNS:
+        return (x,)
+    else:
+        left, right = x.reshape((64, 2, x.shape[1] // 2)).permute((0, 2, 1)).split()
+        return _slices(left, COLUMNS) + _slices(right, COLUMNS)
+
+
+@gluon.jit
 def _multiply_tiles(
     WARPGROUP: gl.constexpr, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, ready, empty,
     M, N, K, b_dq_n, b_dq_k, B_PER_ROW: gl.constexpr,
 ):  # fmt: skip
-    C_BUFS: gl.constexpr = c_bufs.shape[0] // 2
+    C_COLUMNS: gl.constexpr = c_desc.block_type.shape[1]
+    # While the chain of which part barriers are dealt with. The first is the earlier, which keeps the stages filled; a promotion with
+    # two multiplies leaves less room beside it.
+    BARRIERS: gl.constexpr = 1 if B_PER_ROW else 0
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 32])
-    L_C: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32])
+    L_C: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C_COLUMNS, 32])
     num_m = gl.cdiv(M, BM)
     num_n = gl.cdiv(N, BN)
     num_k = gl.cdiv(K, 128)
+    c_buf = c_bufs.index(WARPGROUP)
     stage = 0
     phase = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
@@ -107,54 +125,62 @@ def _multiply_tiles(
             b_dq_next = gl.load(b_dq_ptrs)
         acc = (gl.zeros((64, BN), gl.float32, layout=L), gl.zeros((64, BN), gl.float32, layout=L))
         part = gl.zeros((64, BN), gl.float32, layout=L)
+        # Not `stage`: a name that has the same value before the loop as it is given within is taken for a constant.
+        last_stage = 0
+        mbarrier.wait(ready.index(stage), phase)
         for k in range(num_k):
             if not B_PER_ROW:
                 # One K block ahead, so that no promotion waits for it.
                 b_dq = b_dq_next
                 b_dq_next = gl.load(b_dq_ptrs + gl.minimum(k + 1, num_k - 1) * b_dq_k)
-            mbarrier.wait(ready.index(stage), phase)
+            next_stage = stage + 1
+            next_phase = phase
+            if next_stage == STAGES:
+                next_stage = 0
+                next_phase = phase ^ 1
             b_buf = b_bufs.index(stage).permute((1, 0))
-            a = ()
-            a_dq = ()
-            for i in gl.static_range(2):
-                a = a + (a_bufs.index(stage).slice((WARPGROUP * 2 + i) * 64, 64),)
-                a_dq_part = a_dq_bufs.index(stage).slice((WARPGROUP * 2 + i) * 64, 64)
-                a_dq = a_dq + (a_dq_part.load(gl.SliceLayout(1, L)),)
             acc_next = ()
             for i in gl.static_range(2):
+                a = a_bufs.index(stage).slice((WARPGROUP * 2 + i) * 64, 64)
                 # use_acc=False: the chain starts from zero, `part` only tells which registers to use.
-                running = warpgroup_mma(a[i], b_buf, part, use_acc=False, is_async=True)
-                if B_PER_ROW and i == 0:
-                    b_dq = b_dq_bufs.index(stage).load(gl.SliceLayout(0, L))
+                running = warpgroup_mma(a, b_buf, part, use_acc=False, is_async=True)
+                if i == 0:
+                    # Both parts' here: a read of shared memory after a barrier costs a synchronisation of the warpgroup.
+                    a_dq = ()
+                    for j in gl.static_range(2):
+                        a_dq_part = a_dq_bufs.index(stage).slice((WARPGROUP * 2 + j) * 64, 64)
+                        a_dq = a_dq + (a_dq_part.load(gl.SliceLayout(1, L)),)
+                    if B_PER_ROW:
+                        b_dq = b_dq_bufs.index(stage).load(gl.SliceLayout(0, L))
+                if i == BARRIERS:
+                    mbarrier.arrive(empty.index(last_stage), count=1, pred=k > 0)
+                    mbarrier.wait(ready.index(next_stage), next_phase, pred=k + 1 < num_k)
                 part = warpgroup_mma_wait(num_outstanding=0, deps=(running,))
-                if i == 1:
-                    mbarrier.arrive(empty.index(stage), count=1)
                 acc_next = acc_next + (_promote(acc[i], part, a_dq[i], b_dq, B_PER_ROW),)
             acc = acc_next
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
+            last_stage = stage
+            stage = next_stage
+            phase = next_phase
+        mbarrier.arrive(empty.index(last_stage), count=1)
         for i in gl.static_range(2):
-            halves = acc[i].reshape((64, 2, 64)).permute((0, 2, 1)).split()
-            for j in gl.static_range(2):
-                tma.store_wait(C_BUFS - 1)
-                c_buf = c_bufs.index(WARPGROUP * C_BUFS + (i * 2 + j) % C_BUFS)
-                c_buf.store(gl.convert_layout(halves[j], L_C).to(c_desc.dtype))
+            slices = _slices(acc[i], C_COLUMNS)
+            for j in gl.static_range(BN // C_COLUMNS):
+                tma.store_wait(0)
+                c_buf.store(gl.convert_layout(slices[j], L_C).to(c_desc.dtype))
                 fence_async_shared()
-                _tma_store(c_desc, [pm * BM + (WARPGROUP * 2 + i) * 64, pn * BN + j * 64], c_buf)
+                _tma_store(c_desc, [pm * BM + (WARPGROUP * 2 + i) * 64, pn * BN + j * C_COLUMNS], c_buf)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "a_dq_k", "b_dq_n", "b_dq_k"], do_not_specialize_on_alignment=["b_dq_ptr"])
 def _gemm_hopper_kernel(
     a_desc, b_desc, c_desc, a_dq_desc, b_dq_desc, b_dq_ptr, M, N, K, a_dq_k, b_dq_n, b_dq_k,
-    C_BUFS: gl.constexpr, B_PER_ROW: gl.constexpr,
+    B_PER_ROW: gl.constexpr,
 ):  # fmt: skip
     """c [M, N] = a [M, K] b [N, K]^T; a_dq_k and b_dq_k are the multipliers' strides along K, b_dq_n b's along blocks of N."""
     a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BM, 128], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BN, 128], b_desc.layout)
-    c_bufs = gl.allocate_shared_memory(c_desc.dtype, [2 * C_BUFS, 64, 64], c_desc.layout)
+    c_bufs = gl.allocate_shared_memory(c_desc.dtype, [2] + c_desc.block_type.shape, c_desc.layout)
     a_dq_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BM], a_dq_desc.layout)
     if B_PER_ROW:
         b_dq_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BN], b_dq_desc.layout)
@@ -196,8 +222,8 @@ C_TILE = {
     dtype: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * dtype.itemsize, rank=2)
     for dtype in (torch.bfloat16, torch.float32)
 }
-C_BUFS = {torch.bfloat16: 4, torch.float32: 2}
-"""Staging buffers of 64x64 per warpgroup."""
+C_COLUMNS = {dtype: 128 // dtype.itemsize for dtype in C_TILE}
+"""A warpgroup stores 64 rows of 128 bytes at a time."""
 
 compiled: dict[tuple[int, torch.dtype, bool], Any] = {}
 """(device, c's dtype, b_per_row) -> the compiled kernel: nothing else decides what is compiled."""
@@ -206,8 +232,12 @@ compiled: dict[tuple[int, torch.dtype, bool], Any] = {}
 class _Descriptor(TensorDescriptor):
     """TensorDescriptor without its checks: they cost 10 us each, and `multiply_scaled`'s contract covers them."""
 
-    def __post_init__(self) -> None:
-        pass
+    def __init__(self, base: Any, shape: Any, strides: Any, block_shape: list[int], layout: Any):
+        self.base = base
+        self.shape = shape
+        self.strides = strides
+        self.block_shape = block_shape
+        self.layout = layout
 
 
 def _columns(dq: torch.Tensor, block: int) -> tuple[_Descriptor, int]:
@@ -217,11 +247,14 @@ def _columns(dq: torch.Tensor, block: int) -> tuple[_Descriptor, int]:
     multiples of 16 bytes, hence columns at multiples of four rows: where dq has others, a copy is made.
     """
     rows, columns = dq.shape
-    if dq.stride(1) % 4 or dq.data_ptr() % 16:
+    stride = dq.stride()[1]
+    if stride % 4 or dq.data_ptr() % 16:
         padded = dq.new_empty((columns, ceil_div(rows, 4) * 4))
         padded[:, :rows].copy_(dq.t())
         dq = padded.t()[:rows]
-    stride = dq.stride(1) if columns > 1 else rows
+        stride = dq.stride()[1]
+    if columns == 1:
+        stride = rows
     return _Descriptor(dq, [(columns - 1) * stride + rows], [1], [block], FP32_VECTOR), stride
 
 
@@ -245,7 +278,8 @@ def multiply_scaled(
         b_per_row: b has a multiplier per row and K block rather than per 128x128 block.
         multiprocessors: of the device, which is the current one.
     """
-    (M, K), N = a_q.shape, b_q.shape[0]
+    M, K = a_shape = a_q.shape
+    N, _ = b_shape = b_q.shape
     a_dq_desc, a_dq_k = _columns(a_dq, BM.value)
     if b_per_row:
         b_dq_desc, b_dq_k = _columns(b_dq, BN.value)
@@ -253,19 +287,22 @@ def multiply_scaled(
     else:
         b_dq_desc = None
         b_dq_n, b_dq_k = b_dq.stride()
-    args = (
-        _Descriptor(a_q, a_q.shape, a_q.stride(), [BM.value, 128], E4M3_TILE),
-        _Descriptor(b_q, b_q.shape, b_q.stride(), [BN.value, 128], E4M3_TILE),
-        _Descriptor(c, c.shape, c.stride(), [64, 64], C_TILE[c.dtype]),
-        a_dq_desc, b_dq_desc, b_dq, M, N, K, a_dq_k, b_dq_n, b_dq_k, C_BUFS[c.dtype], b_per_row,
-    )  # fmt: skip
+    descriptors = (
+        _Descriptor(a_q, a_shape, a_q.stride(), [BM.value, 128], E4M3_TILE),
+        _Descriptor(b_q, b_shape, b_q.stride(), [BN.value, 128], E4M3_TILE),
+        _Descriptor(c, c.shape, c.stride(), [64, C_COLUMNS[c.dtype]], C_TILE[c.dtype]),
+        a_dq_desc,
+        b_dq_desc,
+    )
+    numbers = (M, N, K, a_dq_k, b_dq_n, b_dq_k, b_per_row)
     grid = (min(ceil_div(M, BM.value) * ceil_div(N, BN.value), multiprocessors), 1, 1)
     key = (a_q.get_device(), c.dtype, b_per_row)
-    if key in compiled:
-        compiled[key][grid](*args)
+    if kernel := compiled.get(key):
+        # An address spares the launcher a call of the driver.
+        start(kernel, key[0], grid, (*descriptors, b_dq.data_ptr(), *numbers))
     else:
         with assembler_for(b_per_row):
-            compiled[key] = _gemm_hopper_kernel[grid](*args, **OPTIONS)
+            compiled[key] = _gemm_hopper_kernel[grid](*descriptors, b_dq, *numbers, **OPTIONS)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def _store(
     if ROWS:
         store_rows(y, column, m, k, mask, y_q_ptr, y_dq_ptr, M, K, POW2)
     if COLUMNS:
-        store_columns(y, row, m, k, yt_q_ptr, yt_dq_ptr, M, K, yt_stride, RUN, PADDED, POW2)
+        store_columns(y, row, column, m, k, yt_q_ptr, yt_dq_ptr, M, K, yt_stride, RUN, PADDED, POW2)
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def _quantize_swiglu_gradients_kernel(
     else:
         x_q_ptr, x_dq_ptr, xt_q_ptr, xt_dq_ptr = dup_q_ptr, dup_dq_ptr, dupt_q_ptr, dupt_dq_ptr
     store_rows(dx, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
-    store_columns(dx, row, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
+    store_columns(dx, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
 
 
 @triton.jit

@@ -39,7 +39,7 @@ def _quantize_1x128_both_kernel(
     m, k, mask = tile_in_runs(row, column, M, K, RUN)
     x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
     store_rows(x, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
-    store_columns(x, row, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
+    store_columns(x, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def _quantize_1x128_columns_kernel(
     row, column = this_tile()
     m, k, mask = tile_in_runs(row, column, M, K, RUN)
     x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    store_columns(x, row, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
+    store_columns(x, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def _quantize_128x128_both_kernel(
     w_q = _quantize_block(w, row, column, w_dq_ptr, POW2)
     # Masked as if padded, always: the assembler (ptxas 12.8, 13.1) crashes where bytes that it converted in pairs are both stored
     # as they are and taken apart.
-    store_transposed(w_q, row, n, k, wt_q_ptr, N, K, wt_stride, RUN, True)
+    store_transposed(w_q, row, column, n, k, wt_q_ptr, N, K, wt_stride, RUN, True)
     tl.store(w_q_ptr + n[:, None] * K + k[None, :], w_q, mask=mask)
 
 

@@ -50,18 +50,30 @@ def store_rows(x, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2: tl.constexp
 
 @triton.jit
 def store_columns(
-    x, row, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN: tl.constexpr, PADDED: tl.constexpr, POW2: tl.constexpr
+    x,
+    row,
+    column,
+    m,
+    k,
+    xt_q_ptr,
+    xt_dq_ptr,
+    M,
+    K,
+    xt_stride,
+    RUN: tl.constexpr,
+    PADDED: tl.constexpr,
+    POW2: tl.constexpr,
 ):
     """Quantise the columns of a tile in the order of `tile_in_runs` and store them transposed, with their multipliers."""
     dq = block_multiplier(amax_bits(x, 0), POW2)
     store_transposed(
-        quantize(x, dq[None, :], reciprocal(dq)[None, :]), row, m, k, xt_q_ptr, M, K, xt_stride, RUN, PADDED
+        quantize(x, dq[None, :], reciprocal(dq)[None, :]), row, column, m, k, xt_q_ptr, M, K, xt_stride, RUN, PADDED
     )
     tl.store(xt_dq_ptr + row.to(tl.int64) * K + k, dq, mask=k < K)
 
 
 @triton.jit
-def store_transposed(payload, row, m, k, xt_q_ptr, M, K, xt_stride, RUN: tl.constexpr, PADDED: tl.constexpr):
+def store_transposed(payload, row, column, m, k, xt_q_ptr, M, K, xt_stride, RUN: tl.constexpr, PADDED: tl.constexpr):
     """Store a tile's payload, in the order of `tile_in_runs`, as part of [K, xt_stride].
 
     PADDED: xt_stride > M; columns past M become zero. xt_stride is a multiple of 16.
@@ -70,13 +82,12 @@ def store_transposed(payload, row, m, k, xt_q_ptr, M, K, xt_stride, RUN: tl.cons
     if PADDED:
         # Rows past M are zero, but in a block that holds NaN zero times its multiplier is NaN too.
         payload = tl.where((m < M)[:, None], payload, 0)
-    word = row.to(tl.int64) * 32 + tl.arange(0, 32)
-    words = (
-        xt_q_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        + k[:, None].to(tl.int64) * (xt_stride // 4)
-        + word[None, :]
-    )
-    tl.store(words, _pack_rows(payload, RUN), mask=(k < K)[:, None] & (word < xt_stride // 4)[None, :])
+    # From the tile's own start, offsets are 32-bit numbers, which take half of the registers.
+    stride = xt_stride // 4
+    tile_ptr = xt_q_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (column.to(tl.int64) * BLOCK * stride + row * 32)
+    at, word = tl.arange(0, BLOCK), tl.arange(0, 32)
+    inside = (k < K)[:, None] & (word < stride - row * 32)[None, :]
+    tl.store(tile_ptr + at[:, None] * stride + word[None, :], _pack_rows(payload, RUN), mask=inside)
 
 
 @triton.jit

@@ -66,6 +66,7 @@ def is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
+@cache
 def resolve_gemm_backend(requested: GemmBackend, device: torch.device, kind: GemmKind) -> ResolvedBackend:
     """The backend that multiplies on this device.
 

@@ -11,9 +11,9 @@ from .. import reference
 from ..formats import ALIGNMENT, BLOCK, ceil_div
 from ..recipe import GemmBackend
 from .backend import GemmKind, ResolvedBackend, is_datacenter, is_hopper, multiprocessors, resolve_gemm_backend
-from .library import check_matrix, define, launch, on_device_of
+from .library import check_matrix, define, kernels, launch, on_device_of
 
-_E4M3 = torch.float8_e4m3fn
+_PAYLOADS, _MULTIPLIERS, _OUTPUTS = (torch.float8_e4m3fn,), (torch.float32,), (torch.bfloat16, torch.float32)
 
 
 def gemm_1x128_128x128(
@@ -24,6 +24,7 @@ def gemm_1x128_128x128(
     out_dtype: torch.dtype = torch.bfloat16,
     *,
     backend: GemmBackend = "auto",
+    recomputed: bool = False,
 ) -> Tensor:
     """a b^T, accumulated in fp32 with one promotion per 128 of K.
 
@@ -36,13 +37,16 @@ def gemm_1x128_128x128(
         b_dq: [ceil(N/128), ceil(K/128)] fp32.
         out_dtype: bf16 or fp32.
         backend: who multiplies, see `Recipe.gemm_backend`.
+        recomputed: calls the op's overload of that name. It computes the same; selective activation checkpointing, which decides
+            by overload, can save the results of the one and recompute those of the other.
     Returns:
         [M, N] in out_dtype, row-major.
     Raises:
         ValueError: names the argument, its value and the requirement; or the backend, and why it cannot run here.
     """
     _check(a_q, a_dq, b_q, b_dq, ceil_div(b_q.shape[0], BLOCK), out_dtype)
-    return torch.ops.blockfp8.gemm_1x128_128x128(a_q, a_dq, b_q, b_dq, out_dtype, backend)
+    op = torch.ops.blockfp8.gemm_1x128_128x128
+    return (op.recomputed if recomputed else op.default)(a_q, a_dq, b_q, b_dq, out_dtype, backend)
 
 
 def gemm_1x128_1x128(
@@ -71,29 +75,34 @@ def gemm_1x128_1x128(
         ValueError: names the argument, its value and the requirement; or the backend, and why it cannot run here.
     """
     _check(a_q, a_dq, b_q, b_dq, b_q.shape[0], out_dtype)
-    return torch.ops.blockfp8.gemm_1x128_1x128(a_q, a_dq, b_q, b_dq, out_dtype, backend)
+    return torch.ops.blockfp8.gemm_1x128_1x128.default(a_q, a_dq, b_q, b_dq, out_dtype, backend)
 
 
 def _check(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_dq_rows: int, out_dtype: torch.dtype) -> None:
+    check_matrix("a_q", a_q, _PAYLOADS)
+    check_matrix("b_q", b_q, _PAYLOADS)
+    check_matrix("a_dq", a_dq, _MULTIPLIERS)
+    check_matrix("b_dq", b_dq, _MULTIPLIERS)
+    M, K = a_q.shape
     for name, q in (("a_q", a_q), ("b_q", b_q)):
-        check_matrix(name, q, (_E4M3,))
-        if q.stride(1) != 1 and q.shape[1] > 1:
+        if q.stride()[1] != 1 and q.shape[1] > 1:
             raise ValueError(
                 f"{name} has strides {tuple(q.stride())}: rows must be contiguous; call contiguous() on it"
             )
-    if a_q.shape[1] != b_q.shape[1]:
+    if b_q.shape[1] != K:
         raise ValueError(
             f"a_q has shape {tuple(a_q.shape)} and b_q {tuple(b_q.shape)}: their second dimensions, K, must agree"
         )
-    blocks = ceil_div(a_q.shape[1], BLOCK)
-    for name, dq, rows in (("a_dq", a_dq, a_q.shape[0]), ("b_dq", b_dq, b_dq_rows)):
-        check_matrix(name, dq, (torch.float32,))
-        if dq.shape[0] != rows or dq.shape[1] != blocks:
+    blocks = ceil_div(K, BLOCK)
+    for name, dq, rows in (("a_dq", a_dq, M), ("b_dq", b_dq, b_dq_rows)):
+        dq_rows, dq_blocks = dq.shape
+        if dq_rows != rows or dq_blocks != blocks:
             raise ValueError(f"{name} has shape {tuple(dq.shape)}: must be {(rows, blocks)} for its payload")
+    device = a_q.device
     for name, tensor in (("a_dq", a_dq), ("b_q", b_q), ("b_dq", b_dq)):
-        if tensor.device != a_q.device:
-            raise ValueError(f"{name} is on {tensor.device} and a_q on {a_q.device}: must be on one device")
-    if out_dtype not in (torch.bfloat16, torch.float32):
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and a_q on {device}: must be on one device")
+    if out_dtype not in _OUTPUTS:
         raise ValueError(f"out_dtype = {out_dtype}: must be torch.bfloat16 or torch.float32")
 
 
@@ -164,27 +173,29 @@ def _cublas(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_scaling: obj
 
 def _triton(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_per_row: bool, out_dtype: torch.dtype) -> Tensor:
     """The kernel for Hopper where it runs, else the portable one."""
-    (M, K), N = a_q.shape, b_q.shape[0]
-    if M and N and K and is_hopper(a_q.device) and _loads_by_tma(a_q) and _loads_by_tma(b_q):
-        from ..kernels.gemm_hopper import multiply_scaled
-
+    M, K = a_q.shape
+    N = b_q.shape[0]
+    device = a_q.device
+    # Of the result, whose rows have no padding: an allocation begins at a multiple of 256 bytes.
+    storable = N * out_dtype.itemsize % 16 == 0
+    if M and N and K and storable and is_hopper(device) and _loads_by_tma(a_q) and _loads_by_tma(b_q):
         out = a_q.new_empty((M, N), dtype=out_dtype)
-        if _loads_by_tma(out):
-            with on_device_of(out):
-                b_dq = _column_major(b_dq) if b_per_row else b_dq
-                multiply_scaled(a_q, _column_major(a_dq), b_q, b_dq, out, b_per_row, multiprocessors(out.device))
-            return out
+        with on_device_of(out):
+            b_dq = _column_major(b_dq) if b_per_row else b_dq
+            kernels("gemm_hopper").multiply_scaled(
+                a_q, _column_major(a_dq), b_q, b_dq, out, b_per_row, multiprocessors(device)
+            )
+        return out
     return _portable(a_q, a_dq, b_q, b_dq, b_per_row, out_dtype)
 
 
-def _loads_by_tma(x: Tensor) -> bool:
+def _loads_by_tma(payload: Tensor) -> bool:
     """TMA wants the start of every row at a multiple of 16 bytes."""
-    return x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    along_rows, along_k = payload.stride()
+    return along_k == 1 and along_rows % 16 == 0 and payload.data_ptr() % 16 == 0
 
 
 def _portable(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_per_row: bool, out_dtype: torch.dtype) -> Tensor:
-    from ..kernels.gemm import _gemm_kernel
-
     (M, K), N = a_q.shape, b_q.shape[0]
     out = a_q.new_empty((M, N), dtype=out_dtype)
     if out.numel() == 0:
@@ -192,7 +203,7 @@ def _portable(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_per_row: b
     # Half tiles where whole ones would leave multiprocessors idle.
     block_m = 128 if ceil_div(M, 128) * ceil_div(N, 128) >= multiprocessors(a_q.device) else 64
     launch(
-        _gemm_kernel,
+        kernels("gemm")._gemm_kernel,
         (ceil_div(M, block_m) * ceil_div(N, 128), 1, 1),
         (a_q, a_dq, b_q, b_dq, out, M, N, K, a_q.stride(0), b_q.stride(0), *a_dq.stride(), *b_dq.stride()),
         (b_per_row, K % BLOCK == 0, block_m, 128, 8),
@@ -206,6 +217,7 @@ def _portable(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_per_row: b
 
 for _name, _reference, _cuda in (
     ("gemm_1x128_128x128", _reference_1x128_128x128, _cuda_1x128_128x128),
+    ("gemm_1x128_128x128.recomputed", _reference_1x128_128x128, _cuda_1x128_128x128),
     ("gemm_1x128_1x128", _reference_1x128_1x128, _cuda_1x128_1x128),
 ):
     define(

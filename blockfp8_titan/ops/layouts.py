@@ -18,7 +18,9 @@ def row_major(like: Tensor, m: int, k: int) -> Tensor:
 
 def aligned_rows(like: Tensor, m: int, k: int) -> Tensor:
     """A transposed payload: rows at multiples of 16 bytes."""
-    return like.new_empty((m, round_up(k, ALIGNMENT)), dtype=E4M3)[:, :k]
+    out = like.new_empty((m, round_up(k, ALIGNMENT)), dtype=E4M3)
+    # A view costs host time; of a symbolic size nothing is asked, that would compile a graph for it alone.
+    return out if isinstance(k, int) and k % ALIGNMENT == 0 else out[:, :k]
 
 
 def group_multipliers(like: Tensor, m: int, k: int) -> Tensor:
@@ -42,7 +44,8 @@ def fill(out: Tensor, value: Tensor) -> Tensor:
 
 def contiguous_rows(x: Tensor) -> Tensor:
     """x itself where its rows are contiguous, else a copy."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    along_m, along_k = x.stride()
+    return x if along_k == 1 and along_m >= x.shape[1] else x.contiguous()
 
 
 def tiles(m: int, k: int) -> tuple[int, int, int]:

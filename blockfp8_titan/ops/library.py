@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,12 +38,21 @@ def define(
     torch.library.register_fake(f"blockfp8::{name}", fake, lib=_library)
 
 
+_on_current_device = nullcontext()
+
+
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it x's."""
-    return nullcontext() if x.get_device() == torch.cuda.current_device() else torch.cuda.device(x.device)
+    return _on_current_device if x.get_device() == torch.cuda.current_device() else torch.cuda.device(x.device)
 
 
 _compiled: dict[tuple[object, ...], Any] = {}
+
+
+@cache
+def kernels(module: str) -> ModuleType:
+    """A module of `kernels`, imported on first use: Triton may be missing, and import statements cost host time in every call."""
+    return import_module(f"..kernels.{module}", __package__)
 
 
 def launch(
@@ -60,24 +72,33 @@ def launch(
         constants: its others, all tl.constexpr.
         options: num_warps and its like; they must follow from kernel, device and constants.
     """
-    # Addresses spare the launcher a call of the driver for each tensor.
-    values = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
-    # What Triton compiles differently for: a tensor's dtype and alignment; 1, multiples of 16 and 64-bit numbers.
-    kinds = [
-        (arg.dtype, value % 16 == 0) if isinstance(arg, Tensor) else (arg == 1, arg % 16 == 0, arg >= 2**31)
-        for arg, value in zip(args, values, strict=True)
-    ]
-    key = (kernel, args[0].get_device(), constants, *kinds)
-    compiled = _compiled.get(key)
+    device = args[0].get_device()
+    values: list[int | float] = []
+    # What Triton compiles differently for: a tensor's dtype and alignment; 1, multiples of 16 and 64-bit numbers. The function
+    # stands for its kernel, whose hash costs a microsecond.
+    key: list[object] = [kernel.fn, device, constants]
+    for arg in args:
+        if isinstance(arg, int):
+            values.append(arg)
+            key.append((arg % 16 == 0) + 2 * (arg == 1) + 4 * (arg >= 2**31))
+        elif isinstance(arg, float):
+            values.append(arg)
+        else:
+            # Addresses spare the launcher a call of the driver for each tensor.
+            values.append(address := arg.data_ptr())
+            key += (arg.dtype, address % 16 == 0)
+    compiled = _compiled.get(found := tuple(key))
     with on_device_of(args[0]):
         if compiled is None:
-            _compiled[key] = kernel[grid](*args, *constants, **options)
+            _compiled[found] = kernel[grid](*args, *constants, **options)
         else:
-            compiled[grid](*values, *constants)
+            kernels("launch").start(compiled, device, grid, (*values, *constants))
 
 
 def check_matrix(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     """Raises ValueError unless x is a matrix of one of these dtypes that autograd does not follow; name is the argument's."""
+    if x.dtype in dtypes and x.dim() == 2 and not x.requires_grad:
+        return  # the usual case, by the cheapest questions
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name} requires a gradient, which a quantising op does not have: call it under torch.no_grad() or detach {name}; "
@@ -97,7 +118,8 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 def check_aligned(name: str, x: Tensor, dim: int) -> None:
     """Raises ValueError unless x's size in this dimension is a positive multiple of 16."""
-    if x.shape[dim] % ALIGNMENT or x.shape[dim] == 0:
+    size = x.shape[dim]
+    if size % ALIGNMENT or size == 0:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}: dimension {dim} must be a positive multiple of {ALIGNMENT}; pad it with zeros"
         )

@@ -15,11 +15,13 @@ from ..formats import BLOCK, ceil_div
 from ..recipe import ScaleFormat
 from .backend import QuantizeBackend, is_hopper, use_reference
 from .layouts import aligned_rows, contiguous_rows, fill, group_multipliers, row_major, tiles
-from .library import FLOATS, check_choice, define, launch
+from .library import FLOATS, check_choice, define, kernels, launch
 from .quantize import check_quantizable
 
 Layout = Literal["rows", "columns", "both"]
 """Which results of `quantize_1x128_both`: the first two, the last two, or all four."""
+
+_LAYOUTS = get_args(Layout)
 
 
 def rms_norm_quantize_1x128(
@@ -51,13 +53,13 @@ def rms_norm_quantize_1x128(
         ValueError: names the argument, its value and the requirement.
     """
     check_quantizable(scale_format, backend, x=x)
-    check_choice("layout", layout, get_args(Layout))
+    check_choice("layout", layout, _LAYOUTS)
     _check_vector("weight", weight, FLOATS, x, 1)
     if rstd is not None:
         _check_vector("rstd", rstd, (torch.float32,), x, 0)
     if not eps >= 0:
         raise ValueError(f"eps = {eps}: must be at least 0")
-    outs = torch.ops.blockfp8.rms_norm_quantize_1x128(x, weight, eps, layout, scale_format, rstd, backend)
+    outs = torch.ops.blockfp8.rms_norm_quantize_1x128.default(x, weight, eps, layout, scale_format, rstd, backend)
     return tuple(outs) if rstd is None else (*outs, rstd)
 
 
@@ -82,9 +84,9 @@ def swiglu_quantize_1x128(
         ValueError: names the argument, its value and the requirement.
     """
     check_quantizable(scale_format, backend, gate=gate, up=up)
-    check_choice("layout", layout, get_args(Layout))
+    check_choice("layout", layout, _LAYOUTS)
     _check_alike("gate", gate, up=up)
-    return tuple(torch.ops.blockfp8.swiglu_quantize_1x128(gate, up, layout, scale_format, backend))
+    return tuple(torch.ops.blockfp8.swiglu_quantize_1x128.default(gate, up, layout, scale_format, backend))
 
 
 def swiglu_backward_quantize_1x128_both(
@@ -104,7 +106,7 @@ def swiglu_backward_quantize_1x128_both(
     """
     check_quantizable(scale_format, backend, dh=dh, gate=gate, up=up)
     _check_alike("gate", gate, dh=dh, up=up)
-    outs = torch.ops.blockfp8.swiglu_backward_quantize_1x128_both(dh, gate, up, scale_format, backend)
+    outs = torch.ops.blockfp8.swiglu_backward_quantize_1x128_both.default(dh, gate, up, scale_format, backend)
     return outs[:4], outs[4:]
 
 
@@ -200,6 +202,11 @@ _WHOLE_ROWS = 16384
 """The longest rows of which a program holds a whole one in its registers."""
 
 
+def _fits_a_cap(x: Tensor, padded: bool) -> bool:
+    """Whether a kernel that reads x can be held to few registers, for more programs on a multiprocessor, and does not spill."""
+    return is_hopper(x.device) and x.dtype == torch.bfloat16 and not padded
+
+
 def _launch_tiles(
     kernel: Any,
     inputs: tuple[Tensor, ...],
@@ -214,17 +221,15 @@ def _launch_tiles(
     pointers = outs if layout == "both" else (*outs, *outs)  # those that the kernel does not use have to be something
     yt_stride = outs[-2].stride(0)
     padded = layout != "rows" and yt_stride != M
-    warps, registers = 8, 128 if layout == "both" else None
-    if layout == "columns":
-        # Half of the warps need fewer instructions; more than 168 registers would leave room for two programs, not three.
-        warps, registers = 4, 168 if not padded and inputs[0].dtype == torch.bfloat16 else None
+    # Columns alone: half of the warps need fewer instructions, and more than 168 registers would leave room for two programs, not three.
+    warps, registers = {"rows": (8, None), "columns": (4, 168), "both": (8, 128)}[layout]
     launch(
         kernel,
         tiles(M, K),
         (*inputs, *pointers, M, K, *strides, yt_stride),
         (32 // warps, layout != "columns", layout != "rows", padded, scale_format == "pow2"),
         num_warps=warps,
-        maxnreg=registers if is_hopper(inputs[0].device) else None,
+        maxnreg=registers if _fits_a_cap(inputs[0], padded) else None,
     )
 
 
@@ -249,13 +254,11 @@ def _cuda_rms_norm(
 def _rms_norm_whole_rows(
     x: Tensor, weight: Tensor, rstd: Tensor, eps: float, outs: Sequence[Tensor], scale_format: ScaleFormat
 ) -> None:
-    from ..kernels.producers import _quantize_rms_norm_rows_kernel
-
     M, K = x.shape
     block_k = max(_power_of_two(K), BLOCK)
     block_m = max(8192 // block_k, 1)
     launch(
-        _quantize_rms_norm_rows_kernel,
+        kernels("producers")._quantize_rms_norm_rows_kernel,
         (ceil_div(M, block_m), 1, 1),
         (x, weight, rstd, *outs, M, K, x.stride(0), eps),
         (scale_format == "pow2", block_m, block_k),
@@ -269,12 +272,10 @@ def _power_of_two(n: int) -> int:
 
 
 def _rms_norm_rstd(x: Tensor, rstd: Tensor, eps: float) -> None:
-    from ..kernels.producers import _rms_norm_rstd_kernel
-
     M, K = x.shape
     block_m, block_k = 4, 2048
     launch(
-        _rms_norm_rstd_kernel,
+        kernels("producers")._rms_norm_rstd_kernel,
         (ceil_div(M, block_m), 1, 1),
         (x, rstd, M, K, x.stride(0), eps),
         (block_m, block_k),
@@ -285,21 +286,27 @@ def _rms_norm_rstd(x: Tensor, rstd: Tensor, eps: float) -> None:
 def _rms_norm_tiles(
     x: Tensor, weight: Tensor, rstd: Tensor, layout: Layout, outs: Sequence[Tensor], scale_format: ScaleFormat
 ) -> None:
-    from ..kernels.producers import _quantize_rms_norm_kernel
-
-    _launch_tiles(_quantize_rms_norm_kernel, (x, weight, rstd), layout, outs, x.shape, (x.stride(0),), scale_format)
+    _launch_tiles(
+        kernels("producers")._quantize_rms_norm_kernel,
+        (x, weight, rstd),
+        layout,
+        outs,
+        x.shape,
+        (x.stride(0),),
+        scale_format,
+    )
 
 
 def _cuda_swiglu(gate: Tensor, up: Tensor, layout: Layout, scale_format: ScaleFormat, backend: str) -> list[Tensor]:
     if use_reference(gate, backend):
         return _reference_swiglu(gate, up, layout, scale_format, backend)
-    from ..kernels.producers import _quantize_swiglu_kernel
-
     outs = _allocate(gate, layout)
     gate, up = contiguous_rows(gate), contiguous_rows(up)
     if gate.shape[0]:
         strides = (gate.stride(0), up.stride(0))
-        _launch_tiles(_quantize_swiglu_kernel, (gate, up), layout, outs, gate.shape, strides, scale_format)
+        _launch_tiles(
+            kernels("producers")._quantize_swiglu_kernel, (gate, up), layout, outs, gate.shape, strides, scale_format
+        )
     return outs
 
 
@@ -308,21 +315,20 @@ def _cuda_swiglu_backward(
 ) -> tuple[Tensor, ...]:
     if use_reference(gate, backend):
         return _reference_swiglu_backward(dh, gate, up, scale_format, backend)
-    from ..kernels.producers import _quantize_swiglu_gradients_kernel
-
     outs = _allocate_swiglu_backward(dh, gate, up, scale_format, backend)
     dh, gate, up = map(contiguous_rows, (dh, gate, up))
     M, K = gate.shape
     if M:
         columns, rows, _ = tiles(M, K)
         strides = (dh.stride(0), gate.stride(0), up.stride(0), outs[2].stride(0))
+        padded = outs[2].stride(0) != M
         launch(
-            _quantize_swiglu_gradients_kernel,
+            kernels("producers")._quantize_swiglu_gradients_kernel,
             (2 * columns, rows, 1),
             (dh, gate, up, *outs, M, K, *strides),
-            (4, outs[2].stride(0) != M, scale_format == "pow2"),
+            (4, padded, scale_format == "pow2"),
             num_warps=8,
-            maxnreg=128 if is_hopper(gate.device) else None,
+            maxnreg=128 if _fits_a_cap(gate, padded) else None,
         )
     return outs
 

@@ -14,7 +14,9 @@ from .. import reference
 from ..recipe import ScaleFormat
 from .backend import QuantizeBackend, is_datacenter, use_reference
 from .layouts import E4M3, aligned_rows, block_multipliers, contiguous_rows, fill, group_multipliers, row_major, tiles
-from .library import FLOATS, check_aligned, check_choice, check_matrix, define, launch
+from .library import FLOATS, check_aligned, check_choice, check_matrix, define, kernels, launch
+
+_SCALE_FORMATS, _BACKENDS = get_args(ScaleFormat), get_args(QuantizeBackend)
 
 
 def quantize_1x128(
@@ -34,7 +36,7 @@ def quantize_1x128(
         ValueError: names the argument, its value and the requirement.
     """
     check_quantizable(scale_format, backend, x=x)
-    return torch.ops.blockfp8.quantize_1x128(x, scale_format, backend)
+    return torch.ops.blockfp8.quantize_1x128.default(x, scale_format, backend)
 
 
 def quantize_1x128_both(
@@ -56,7 +58,7 @@ def quantize_1x128_both(
         ValueError: names the argument, its value and the requirement.
     """
     check_quantizable(scale_format, backend, x=x)
-    return torch.ops.blockfp8.quantize_1x128_both(x, scale_format, backend)
+    return torch.ops.blockfp8.quantize_1x128_both.default(x, scale_format, backend)
 
 
 def quantize_1x128_columns(
@@ -76,7 +78,7 @@ def quantize_1x128_columns(
         ValueError: names the argument, its value and the requirement.
     """
     check_quantizable(scale_format, backend, x=x)
-    return torch.ops.blockfp8.quantize_1x128_columns(x, scale_format, backend)
+    return torch.ops.blockfp8.quantize_1x128_columns.default(x, scale_format, backend)
 
 
 def quantize_128x128(
@@ -96,7 +98,7 @@ def quantize_128x128(
         ValueError: names the argument, its value and the requirement.
     """
     check_quantizable(scale_format, backend, w=w)
-    return torch.ops.blockfp8.quantize_128x128(w, scale_format, backend)
+    return torch.ops.blockfp8.quantize_128x128.default(w, scale_format, backend)
 
 
 def quantize_128x128_both(
@@ -115,7 +117,7 @@ def quantize_128x128_both(
         ValueError: names the argument, its value and the requirement.
     """
     check_quantizable(scale_format, backend, w=w)
-    return torch.ops.blockfp8.quantize_128x128_both(w, scale_format, backend)
+    return torch.ops.blockfp8.quantize_128x128_both.default(w, scale_format, backend)
 
 
 def transpose_fp8(w_q: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ def transpose_fp8(w_q: Tensor) -> Tensor:
         ValueError: names the argument, its value and the requirement.
     """
     check_matrix("w_q", w_q, (E4M3,))
-    return torch.ops.blockfp8.transpose_fp8(w_q)
+    return torch.ops.blockfp8.transpose_fp8.default(w_q)
 
 
 def check_quantizable(scale_format: ScaleFormat, backend: QuantizeBackend, **matrices: Tensor) -> None:
@@ -137,8 +139,8 @@ def check_quantizable(scale_format: ScaleFormat, backend: QuantizeBackend, **mat
     for name, x in matrices.items():
         check_matrix(name, x, FLOATS)
         check_aligned(name, x, 1)
-    check_choice("scale_format", scale_format, get_args(ScaleFormat))
-    check_choice("backend", backend, get_args(QuantizeBackend))
+    check_choice("scale_format", scale_format, _SCALE_FORMATS)
+    check_choice("backend", backend, _BACKENDS)
 
 
 # Allocation, which is the fake kernels as well
@@ -211,22 +213,18 @@ def _reference_transpose(w_q: Tensor) -> Tensor:
 def _cuda_1x128(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
     if use_reference(x, backend):
         return _reference_1x128(x, scale_format, backend)
-    from ..kernels.quantize import _quantize_1x128_kernel
-
     x_q, x_dq = _allocate_1x128(x, scale_format, backend)
     x = contiguous_rows(x)
     M, K = x.shape
     if M:
         args = (x, x_q, x_dq, M, K, x.stride(0))
-        launch(_quantize_1x128_kernel, tiles(M, K), args, (scale_format == "pow2",), num_warps=8)
+        launch(kernels("quantize")._quantize_1x128_kernel, tiles(M, K), args, (scale_format == "pow2",), num_warps=8)
     return x_q, x_dq
 
 
 def _cuda_1x128_columns(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
     if use_reference(x, backend):
         return _reference_1x128_columns(x, scale_format, backend)
-    from ..kernels.quantize import _quantize_1x128_columns_kernel
-
     xt_q, xt_dq = _allocate_1x128_columns(x, scale_format, backend)
     x = contiguous_rows(x)
     M, K = x.shape
@@ -234,7 +232,7 @@ def _cuda_1x128_columns(x: Tensor, scale_format: ScaleFormat, backend: str) -> t
         args = (x, xt_q, xt_dq, M, K, x.stride(0), xt_q.stride(0))
         padded = xt_q.stride(0) != M
         launch(
-            _quantize_1x128_columns_kernel,
+            kernels("quantize")._quantize_1x128_columns_kernel,
             tiles(M, K),
             args,
             (8, padded, scale_format == "pow2"),
@@ -247,15 +245,13 @@ def _cuda_1x128_columns(x: Tensor, scale_format: ScaleFormat, backend: str) -> t
 def _cuda_1x128_both(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
     if use_reference(x, backend):
         return _reference_1x128_both(x, scale_format, backend)
-    from ..kernels.quantize import _quantize_1x128_both_kernel
-
     x_q, x_dq, xt_q, xt_dq = _allocate_1x128_both(x, scale_format, backend)
     x = contiguous_rows(x)
     M, K = x.shape
     if M:
         padded = xt_q.stride(0) != M
         launch(
-            _quantize_1x128_both_kernel,
+            kernels("quantize")._quantize_1x128_both_kernel,
             tiles(M, K),
             (x, x_q, x_dq, xt_q, xt_dq, M, K, x.stride(0), xt_q.stride(0)),
             (8, padded, scale_format == "pow2"),
@@ -269,41 +265,46 @@ def _cuda_1x128_both(x: Tensor, scale_format: ScaleFormat, backend: str) -> tupl
 def _cuda_128x128(w: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
     if use_reference(w, backend):
         return _reference_128x128(w, scale_format, backend)
-    from ..kernels.quantize import _quantize_128x128_kernel
-
     w_q, w_dq = _allocate_128x128(w, scale_format, backend)
     w = contiguous_rows(w)
     N, K = w.shape
     if N:
         args = (w, w_q, w_dq, N, K, w.stride(0))
-        launch(_quantize_128x128_kernel, tiles(N, K), args, (scale_format == "pow2",), num_warps=8)
+        launch(kernels("quantize")._quantize_128x128_kernel, tiles(N, K), args, (scale_format == "pow2",), num_warps=8)
     return w_q, w_dq
 
 
 def _cuda_128x128_both(w: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
     if use_reference(w, backend):
         return _reference_128x128_both(w, scale_format, backend)
-    from ..kernels.quantize import _quantize_128x128_both_kernel
-
     w_q, w_dq, wt_q = _allocate_128x128_both(w, scale_format, backend)
     w = contiguous_rows(w)
     N, K = w.shape
     if N:
         args = (w, w_q, w_dq, wt_q, N, K, w.stride(0), wt_q.stride(0))
-        launch(_quantize_128x128_both_kernel, tiles(N, K), args, (4, scale_format == "pow2"), num_warps=8)
+        launch(
+            kernels("quantize")._quantize_128x128_both_kernel,
+            tiles(N, K),
+            args,
+            (4, scale_format == "pow2"),
+            num_warps=8,
+        )
     return w_q, w_dq, wt_q
 
 
 def _cuda_transpose(w_q: Tensor) -> Tensor:
     if use_reference(w_q, "auto"):
         return _reference_transpose(w_q)
-    from ..kernels.quantize import _transpose_kernel
-
     out = _allocate_transposed(w_q)
     w_q = contiguous_rows(w_q)
     N, K = w_q.shape
     if w_q.numel():
-        launch(_transpose_kernel, tiles(N, K), (w_q, out, N, K, w_q.stride(0), out.stride(0)), num_warps=8)
+        launch(
+            kernels("quantize")._transpose_kernel,
+            tiles(N, K),
+            (w_q, out, N, K, w_q.stride(0), out.stride(0)),
+            num_warps=8,
+        )
     return out
 
 

@@ -13,7 +13,7 @@ from .. import reference
 from ..formats import BLOCK, ceil_div
 from .backend import QuantizeBackend, use_reference
 from .layouts import contiguous_rows, fill, row_major
-from .library import FLOATS, check_aligned, check_matrix, define, launch
+from .library import FLOATS, check_aligned, check_matrix, define, kernels, launch
 
 
 def amax_128x128_(ws: Sequence[Tensor], first_rows: Sequence[int], amax_bits: Sequence[Tensor]) -> None:
@@ -38,7 +38,7 @@ def amax_128x128_(ws: Sequence[Tensor], first_rows: Sequence[int], amax_bits: Se
         check_matrix("w", w, FLOATS)
         check_aligned("w", w, 1)
         _check_table("amax_bits", bits, torch.int32, w, first_row)
-    torch.ops.blockfp8.amax_128x128_(ws, first_rows, amax_bits)
+    torch.ops.blockfp8.amax_128x128_.default(ws, first_rows, amax_bits)
 
 
 def quantize_rows(w: Tensor, w_dq: Tensor, first_row: int, *, backend: QuantizeBackend = "auto") -> Tensor:
@@ -55,7 +55,7 @@ def quantize_rows(w: Tensor, w_dq: Tensor, first_row: int, *, backend: QuantizeB
     check_matrix("w", w, FLOATS)
     check_aligned("w", w, 1)
     _check_table("w_dq", w_dq, torch.float32, w, first_row)
-    return torch.ops.blockfp8.quantize_rows(w, w_dq, first_row, backend)
+    return torch.ops.blockfp8.quantize_rows.default(w, w_dq, first_row, backend)
 
 
 def _check_table(name: str, table: Tensor, dtype: torch.dtype, w: Tensor, first_row: int) -> None:
@@ -93,27 +93,23 @@ def _shard_grid(first_row: int, m: int, k: int) -> tuple[int, int, int]:
 def _cuda_amax_128x128_(ws: Sequence[Tensor], first_rows: Sequence[int], amax_bits: Sequence[Tensor]) -> None:
     if ws and use_reference(ws[0], "auto"):
         return _reference_amax_128x128_(ws, first_rows, amax_bits)
-    from ..kernels.quantize import _amax_128x128_kernel
-
     for w, first_row, bits in zip(ws, first_rows, amax_bits, strict=True):
         w = contiguous_rows(w)
         M, K = w.shape
         if M:
             args = (w, bits, M, K, w.stride(0), first_row)
-            launch(_amax_128x128_kernel, _shard_grid(first_row, M, K), args, num_warps=4)
+            launch(kernels("quantize")._amax_128x128_kernel, _shard_grid(first_row, M, K), args, num_warps=4)
 
 
 def _cuda_rows(w: Tensor, w_dq: Tensor, first_row: int, backend: str) -> Tensor:
     if use_reference(w, backend):
         return _reference_rows(w, w_dq, first_row, backend)
-    from ..kernels.quantize import _quantize_rows_kernel
-
     w_q = _allocate_rows(w, w_dq, first_row, backend)
     w = contiguous_rows(w)
     M, K = w.shape
     if M:
         args = (w, w_dq, w_q, M, K, w.stride(0), first_row)
-        launch(_quantize_rows_kernel, _shard_grid(first_row, M, K), args, num_warps=8)
+        launch(kernels("quantize")._quantize_rows_kernel, _shard_grid(first_row, M, K), args, num_warps=8)
     return w_q
 
 

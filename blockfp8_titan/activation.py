@@ -1,0 +1,92 @@
+"""An activation that is quantised once, where it is made, for all linears that multiply it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from . import ops
+from .recipe import Recipe, ScaleFormat
+
+Quantized = tuple[Tensor, Tensor]
+"""Payload and multipliers."""
+
+
+@dataclass(eq=False)
+class QuantizedInput:
+    """An activation [..., K] in fp8, M tokens in all; passes from a module that quantises to the linears that multiply.
+
+    A plain object, not a tensor: nothing but a BlockwiseFP8Linear can compute with it, and modules in between may only read its
+    shape.
+    """
+
+    carrier: Tensor
+    """[..., K]: has the activation's shape and dtype and its place in autograd's graph, which dx flows into. Not its values."""
+
+    rows: Quantized
+    """As `ops.quantize_1x128` of [M, K]: what y is computed from."""
+
+    columns: Quantized | None
+    """As `ops.quantize_1x128_columns` of [M, K]: what dw is computed from; None where no gradient was asked for."""
+
+    scale_format: ScaleFormat
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.carrier.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.carrier.dtype
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.carrier.shape if dim is None else self.carrier.shape[dim]
+
+    def dim(self) -> int:
+        return self.carrier.dim()
+
+    def columns_for_dw(self) -> Quantized:
+        """Raises RuntimeError where there are none."""
+        if self.columns is None:
+            raise RuntimeError(
+                "an input quantised without gradients (under torch.no_grad) meets a weight that wants one: run the module that "
+                'quantises, such as the norm before, with gradients enabled, or convert with fuse = "off"'
+            )
+        return self.columns
+
+
+def carrier_like(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """NaN of this shape, dtype and device at the cost of one element: a reader of values that are not there finds out."""
+    return x.new_full((), math.nan).expand(shape)
+
+
+@torch.no_grad()
+def quantize_input(x: Tensor, recipe: Recipe, *, columns: bool, columns_apart: bool = False) -> QuantizedInput:
+    """Quantise an activation that exists; its carrier is itself.
+
+    Args:
+        x: [..., K] bf16 or fp32.
+        columns: dw will be asked for.
+        columns_apart: see `Recomputation`.
+    """
+    x_2d, options = x.reshape(-1, x.shape[-1]), {"backend": recipe.quantize_backend}
+    if not columns:
+        quantized: tuple[Tensor, ...] = ops.quantize_1x128(x_2d, recipe.scale_format, **options)
+    elif columns_apart:
+        quantized = (
+            *ops.quantize_1x128(x_2d, recipe.scale_format, **options),
+            *ops.quantize_1x128_columns(x_2d, recipe.scale_format, **options),
+        )
+    else:
+        quantized = ops.quantize_1x128_both(x_2d, recipe.scale_format, **options)
+    return QuantizedInput(x, quantized[:2], quantized[2:] or None, recipe.scale_format)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches a module's inputs, outputs or gradients: a fused neighbour would not show them the tensors they know."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

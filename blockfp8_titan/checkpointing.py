@@ -1,0 +1,76 @@
+"""Activation checkpointing: which outputs of fp8 GEMMs selective checkpointing keeps for backward, and which it computes again."""
+
+import torch.nn as nn
+
+from .conversion import ConversionReport, Row
+from .fqns import collapse
+from .recomputation import ActivationSave, Recomputation
+
+
+def recomputed_outputs(report: ConversionReport, ac_save: ActivationSave) -> list[Row]:
+    """The Linears in fp8 whose outputs are computed again in backward.
+
+    "balanced" keeps, in each repeated block, as many bytes as selective checkpointing of a bf16 model does by keeping the output of
+    every second matrix product: at most half. Per byte kept, what is spared grows with in_features, which hardly differ, so the
+    largest outputs that fit are kept; of equal ones the later, which in Llama leaves those to recompute that share an input.
+    Outputs that backward does not need (of a feed-forward's last Linear, which is only added) are kept besides, as there.
+
+    Args:
+        report: of the conversion.
+        ac_save: "gemm" keeps all, "none" none.
+    """
+    in_fp8 = [row for row in report.rows if row.in_fp8]
+    if ac_save != "balanced":
+        return in_fp8 if ac_save == "none" else []
+    unneeded = {fusion.linears[-1] for fusion in report.fusions if fusion.kind == "feed_forward"}
+    blocks: dict[str, list[Row]] = {}
+    for row in in_fp8:
+        block = _block_of(row.fqn)
+        if block and unneeded.isdisjoint((row.fqn, *row.aliases)):
+            blocks.setdefault(block, []).append(row)
+    kept: set[str] = set()
+    for rows in blocks.values():
+        room = sum(row.shape[0] for row in rows) // 2
+        # A stable sort, of the reversed order.
+        for row in sorted(reversed(rows), key=lambda row: -row.shape[0]):
+            if row.shape[0] <= room:
+                room -= row.shape[0]
+                kept.add(row.fqn)
+    return [row for rows in blocks.values() for row in rows if row.fqn not in kept]
+
+
+def prepare_for_checkpointing(
+    model: nn.Module, report: ConversionReport, ac_save: ActivationSave = "gemm", *, columns_apart: bool = False
+) -> None:
+    """Tell the modules of a converted model how activation checkpointing will treat them, in place.
+
+    Selective checkpointing by op keeps what calls `torch.ops.blockfp8.gemm_1x128_128x128.default`, if its policy says so, and not
+    what calls the overload `.recomputed`.
+
+    Args:
+        report: of the conversion.
+        ac_save: see `recomputed_outputs`; "none" where checkpointing recomputes everything.
+        columns_apart: see `Recomputation`; for blocks that are compiled and checkpointed.
+    """
+    recomputed = {fqn for row in recomputed_outputs(report, ac_save) for fqn in (row.fqn, *row.aliases)}
+    for row in report.rows:
+        if row.in_fp8:
+            model.get_submodule(row.fqn).recomputation = Recomputation(columns_apart, row.fqn in recomputed)
+    for fusion in report.fusions:
+        if fusion.fused and fusion.kind == "norm":
+            output = not recomputed.isdisjoint(fusion.linears)
+            model.get_submodule(fusion.fqn).recomputation = Recomputation(columns_apart, output)
+
+
+def checkpointing_note(report: ConversionReport, ac_save: ActivationSave) -> str:
+    """What a report says where selective checkpointing by op is on."""
+    rows = recomputed_outputs(report, ac_save)
+    what = ", ".join(name for name, _ in collapse(rows, lambda row: row.shape)) or "none"
+    return f'ac_save = "{ac_save}": of the Linears in fp8, selective checkpointing recomputes the outputs of {what}'
+
+
+def _block_of(fqn: str) -> str:
+    """ "layers.3" of "layers.3.attention.wq"; empty outside of repeated blocks."""
+    parts = fqn.split(".")
+    ends = [i for i, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: ends[0] + 1]) if ends else ""

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Run every kernel on small shapes under NVIDIA's compute-sanitizer, on this machine's GPU.
+#   scripts/sanitize.sh                  # memcheck (accesses out of bounds) and racecheck (races in shared memory)
+#   scripts/sanitize.sh memcheck --few   # one tool, one shape of each kind
+# All that the tools print is shown. Exits with 1 on any finding, warnings too, or when a kernel's result is wrong; with 2 where
+# the tools are missing. PYTHON names another interpreter than that of .venv.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+    printf 'sanitize.sh: %s\n' "$2" >&2
+    exit "$1"
+}
+
+tools=()
+few=()
+for argument in "$@"; do
+    case $argument in
+        memcheck | racecheck) tools+=("$argument") ;;
+        --few) few=(--few) ;;
+        *) fail 2 "unknown argument $argument: memcheck, racecheck, --few" ;;
+    esac
+done
+[ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck)
+
+# The CUDA toolkit does not always put itself on PATH.
+PATH=$PATH:/usr/local/cuda/bin
+command -v compute-sanitizer >/dev/null ||
+    fail 2 "found no compute-sanitizer; install the CUDA toolkit (Debian and Ubuntu: cuda-sanitizer-13-0) or put it on PATH"
+if [ -z "${PYTHON:-}" ]; then
+    bash scripts/setup_env.sh
+    PYTHON=.venv/bin/python
+fi
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+findings=()
+for tool in "${tools[@]}"; do
+    case $tool in
+        memcheck) clean='ERROR SUMMARY: 0 errors' ;;
+        racecheck) clean='RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)' ;;
+    esac
+    echo "sanitize.sh: $tool"
+    status=0
+    # Without PyTorch's cache every tensor is an allocation with bounds. The compiler's processes are none of this. API errors
+    # that matter raise in Python; PyTorch provokes and handles others.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --target-processes application-only \
+        --report-api-errors no --error-exitcode 9 --print-limit 1000 \
+        "$PYTHON" -m tests.sanitized "${few[@]+"${few[@]}"}" 2>&1 | tee "$log" || status=$?
+    # Its own summary decides: the exit code tells neither warnings nor a tool that did not start.
+    if [ $status -ne 0 ] || ! grep -qF "$clean" "$log" || ! grep -qx 'every kernel has run' "$log"; then
+        findings+=("$tool")
+    fi
+done
+[ ${#findings[@]} -eq 0 ] || fail 1 "not clean: ${findings[*]}"
+echo "sanitize.sh: clean: ${tools[*]}"

@@ -1,0 +1,91 @@
+"""Runs every kernel through the ops on a GPU, on small hostile shapes: what scripts/sanitize.sh has compute-sanitizer watch.
+
+    python -m tests.sanitized [--few]
+
+Results are compared with the twins on the CPU, and a kernel of the package that no op has launched is an error, so that a clean
+report means something. Without PyTorch's cache of memory (PYTORCH_NO_CUDA_MEMORY_CACHING=1) an access past an operand is seen.
+"""
+
+import importlib
+import pkgutil
+import sys
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from blockfp8_titan import kernels, ops, reference
+from blockfp8_titan.kernels import gemm_hopper
+from blockfp8_titan.numerics import GEMM_RELATIVE_ERROR, relative_error
+from blockfp8_titan.ops import gemm as gemm_ops
+from blockfp8_titan.ops import library
+from blockfp8_titan.ops.backend import is_hopper
+
+from .data import bits, draw
+
+MATRICES = [(1, 16), (128, 256), (131, 208)]
+GEMMS = [(1, 16, 16), (384, 256, 512), (131, 272, 400)]
+
+
+def check_equal(name: str, outs: tuple[torch.Tensor, ...], twins: tuple[torch.Tensor, ...]) -> None:
+    for i, (out, twin) in enumerate(zip(outs, twins, strict=True)):
+        assert torch.equal(bits(out), bits(twin)), f"result {i} of {name} at {tuple(twin.shape)}"
+
+
+def quantize(M: int, K: int, dtype: torch.dtype) -> None:
+    x = draw("outliers", M, K, dtype)
+    on_gpu = x.cuda()
+    for op in (ops.quantize_1x128, ops.quantize_1x128_both, ops.quantize_128x128):
+        check_equal(op.__name__, op(on_gpu), op(x))
+    q, dq = ops.quantize_128x128(x)
+    check_equal("quantize_rows", (ops.quantize_rows(on_gpu, dq.cuda(), 0),), (q,))
+    check_equal("transpose_fp8", (ops.transpose_fp8(q.cuda()),), (ops.transpose_fp8(q),))
+    table = torch.zeros_like(dq, dtype=torch.int32)
+    on_gpu_table = table.cuda()
+    ops.amax_128x128_([x], [0], [table])
+    ops.amax_128x128_([on_gpu], [0], [on_gpu_table])
+    check_equal("amax_128x128_", (on_gpu_table,), (table,))
+
+
+def gemm(M: int, N: int, K: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    a, b = torch.randn(M, K), torch.randn(N, K)
+    a_q, a_dq = ops.quantize_1x128(a)
+    for per_row, quantize_b, twin in (
+        (False, ops.quantize_128x128, reference.gemm_1x128_128x128),
+        (True, ops.quantize_1x128, reference.gemm_1x128_1x128),
+    ):
+        args = a_q, a_dq, *quantize_b(b)
+        on_gpu = [x.cuda() for x in args]
+        for dtype in dtypes:
+            expected = twin(*args, torch.float32)
+            for run in (gemm_ops._triton, gemm_ops._portable):
+                error = relative_error(expected, run(*on_gpu, per_row, dtype).cpu())
+                assert error < GEMM_RELATIVE_ERROR, (run.__name__, per_row, dtype, M, N, K, error)
+
+
+def never_launched() -> list[str]:
+    launched = {key[0] for key in library._compiled}
+    if gemm_hopper.compiled:
+        launched.add(gemm_hopper._gemm_hopper_kernel.fn)
+    found = {}
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if name.endswith("_kernel") and isinstance(value, JITFunction):
+                found[value.fn] = name
+    if not is_hopper(torch.device("cuda", torch.cuda.current_device())):
+        del found[gemm_hopper._gemm_hopper_kernel.fn]
+    return sorted(name for fn, name in found.items() if fn not in launched)
+
+
+if __name__ == "__main__":
+    few = sys.argv[1:] == ["--few"]
+    assert few or not sys.argv[1:], f"unknown arguments {sys.argv[1:]}: --few or none"
+    torch.manual_seed(0)
+    dtypes = (torch.bfloat16,) if few else (torch.bfloat16, torch.float32)
+    for shape in MATRICES[-1:] if few else MATRICES:
+        for dtype in dtypes:
+            quantize(*shape, dtype)
+    for shape in GEMMS[-1:] if few else GEMMS:
+        gemm(*shape, dtypes)
+    torch.cuda.synchronize()
+    assert not (missing := never_launched()), f"never launched: {', '.join(missing)}; add calls to tests/sanitized.py"
+    print("every kernel has run")

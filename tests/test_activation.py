@@ -1,0 +1,44 @@
+"""blockfp8_titan.activation: linears that take an input that was quantised before."""
+
+import pytest
+import torch
+import torch.nn as nn
+
+from blockfp8_titan import BlockwiseFP8Linear, Recipe
+from blockfp8_titan.activation import quantize_input
+
+from .llama import gradients
+
+FLOATS = [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_quantised_input_gives_the_bits_of_the_tensor_it_was(dtype):
+    linear = BlockwiseFP8Linear(144, 64, dtype=dtype)
+    x, dy = torch.randn(3, 43, 144, dtype=dtype), torch.randn(3, 43, 64, dtype=dtype)
+    truth = gradients(linear, x, dy)
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return self.linear(quantize_input(x, linear.recipe, columns=True))
+
+    values = gradients(Shared(), x, dy)
+    for name in ("y", "dx"):
+        assert torch.equal(truth[name], values[name])
+    assert torch.equal(truth["weight"], values["linear.weight"])
+
+
+def test_a_quantised_input_that_does_not_fit_is_refused():
+    x = torch.randn(4, 144)
+    quantized = quantize_input(x, Recipe(), columns=True)
+    with pytest.raises(ValueError, match=r"last dimension must be in_features = 128"):
+        BlockwiseFP8Linear(128, 64)(quantized)
+    for recipe in (Recipe(scale_format="pow2"), Recipe(wgrad="bf16")):
+        with pytest.raises(ValueError, match=r"quantises for wgrad = 'fp8' and scale_format = 'fp32'.*fuse = \"off\""):
+            BlockwiseFP8Linear(144, 64, recipe=recipe)(quantized)
+    with pytest.raises(RuntimeError, match=r"quantised without gradients"):
+        BlockwiseFP8Linear(144, 64)(quantize_input(x, Recipe(), columns=False))

@@ -1,0 +1,158 @@
+"""What an eager call of an op does on the host, with launches that a stand-in swallows: no GPU is needed."""
+
+import contextlib
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
+from triton import knobs  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+import blockfp8_titan  # noqa: E402
+from blockfp8_titan.kernels.launch import start  # noqa: E402
+from blockfp8_titan.ops import backend, gemm, library, quantize  # noqa: E402
+
+GRID = (2, 3, 1)
+
+
+class Compiled:
+    """Stands for a triton.compiler.CompiledKernel: keeps the arguments of the launches that it is asked for."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.runs, self.indexed = [], []
+
+    def run(self, *args):
+        self.runs.append(args)
+
+    def __getitem__(self, grid):
+        return lambda *args: self.indexed.append((grid, *args))
+
+
+@pytest.fixture(autouse=True)
+def stream(monkeypatch):
+    monkeypatch.setattr(driver, "_active", types.SimpleNamespace(get_current_stream=lambda device: f"stream {device}"))
+
+
+def test_a_launch_without_hooks_takes_the_short_way():
+    compiled = Compiled()
+    start(compiled, 3, GRID, (7, True))
+    assert compiled.runs == [(*GRID, "stream 3", "function", "metadata", None, None, None, 7, True)]
+    assert not compiled.indexed
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profiler_sees_launches(name, monkeypatch):
+    def hook(metadata):
+        pass
+
+    chain = type(knobs.runtime.launch_enter_hook)()
+    chain.add(hook)
+    for hooked in (chain, hook):
+        compiled = Compiled()
+        with monkeypatch.context() as patch:
+            patch.setattr(knobs.runtime, name, hooked)
+            start(compiled, 0, GRID, (7,))
+        assert compiled.indexed == [(GRID, 7)] and not compiled.runs
+
+
+class Kernel:
+    """Stands for a JITFunction: counts compilations."""
+
+    def __init__(self):
+        self.fn, self.compiled = object(), []
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.compiled.append(Compiled())
+            return self.compiled[-1]
+
+        return launch
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(library, "on_device_of", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(library, "_compiled", {})
+
+
+def test_what_compiles_differently_is_compiled_again(on_cpu):
+    kernel, x = Kernel(), torch.zeros(64, dtype=torch.bfloat16)
+    launches = [
+        ((x, 32), (), 1),
+        ((x, 48), (), 1),  # another multiple of 16
+        ((x[8:], 32), (), 1),  # another address, aligned
+        ((x[1:], 32), (), 2),
+        ((x, 33), (), 3),
+        ((x, 34), (), 3),
+        ((x, 1), (), 4),
+        ((x, 2**31), (), 5),
+        ((x, 2**31 + 1), (), 6),
+        ((x.float(), 32), (), 7),
+        ((x, 32), (True,), 8),
+        ((x, 32), (False,), 9),
+        ((x, 32), (), 9),
+    ]
+    for args, constants, compilations in launches:
+        library.launch(kernel, GRID, args, constants, num_warps=4)
+        assert len(kernel.compiled) == compilations, (args, constants)
+    library.launch(kernel, GRID, (x, 32), (True,))
+    assert kernel.compiled[7].runs[0][-3:] == (x.data_ptr(), 32, True)
+
+
+def calls_of_the_package(run):
+    """How many functions and methods the package's code calls, and how many of its functions are called."""
+    package = str(Path(blockfp8_titan.__file__).parent)
+    count = 0
+
+    def profile(frame, event, arg):
+        nonlocal count
+        count += event in ("call", "c_call") and frame.f_code.co_filename.startswith(package)
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize(
+    "name, bound", [("quantize_1x128", 46), ("quantize_1x128_both", 68), ("quantize_128x128", 46), ("gemm", 42)]
+)
+def test_host_work_of_a_call_stays_small(name, bound, on_cpu, monkeypatch):
+    """Calls, not a time, which would depend on the machine. There are 38, 57, 38 and 35."""
+    monkeypatch.setattr(backend, "resolve_quantize_backend", lambda device: "triton")
+    monkeypatch.setattr(quantize, "is_datacenter", lambda device: True)
+    for module, found in ((quantize, "quantize"), (gemm, "gemm_hopper")):
+        real = library.kernels(found)
+        stand_in = types.SimpleNamespace(**vars(real))
+        if found == "gemm_hopper":
+            monkeypatch.setattr(real, "compiled", {})
+            monkeypatch.setattr(real, "_gemm_hopper_kernel", Kernel())
+        else:
+            for kernel in [k for k in vars(real) if k.endswith("_kernel")]:
+                setattr(stand_in, kernel, Kernel())
+        monkeypatch.setattr(module, "kernels", lambda name, stand_in=stand_in: stand_in)
+    monkeypatch.setattr(gemm, "on_device_of", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(gemm, "is_hopper", lambda device: True)
+    monkeypatch.setattr(gemm, "multiprocessors", lambda device: 132)
+    x = torch.zeros(256, 256, dtype=torch.bfloat16)
+    x_q, x_dq = blockfp8_titan.ops.quantize_1x128(x)
+    if name == "gemm":
+
+        def run():
+            return gemm._triton(x_q, x_dq, x_q, x_dq, True, torch.bfloat16)
+
+    else:
+
+        def run():
+            return getattr(quantize, f"_cuda_{name.removeprefix('quantize_')}")(x, "fp32", "auto")
+
+    run()
+    assert 0 < calls_of_the_package(run) <= bound
