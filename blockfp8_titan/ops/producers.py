@@ -223,6 +223,8 @@ def _launch_tiles(
     padded = layout != "rows" and yt_stride != M
     # Columns alone: half of the warps need fewer instructions, and more than 168 registers would leave room for two programs, not three.
     warps, registers = {"rows": (8, None), "columns": (4, 168), "both": (8, 128)}[layout]
+    if layout == "columns" and inputs[0].dtype == torch.float32:
+        warps = 8  # four would spill
     launch(
         kernel,
         tiles(M, K),
