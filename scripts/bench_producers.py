@@ -227,7 +227,8 @@ def bench(
             contenders(subject), inputs, timer, budget, seconds, work=None, base=PAIR, copy_gbps=copy["gbps"]
         )
 
-    records = run.section(measured, seconds, one)
+    records: list[dict[str, Any]] = []
+    run.section(records, measured, seconds, one)
     return {
         **provenance(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -60,3 +60,10 @@ def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return out
 
     return new_empty
+
+
+def padding(q: Tensor) -> Tensor:
+    """The bytes that lie between the rows of a payload."""
+    if not q.numel():
+        return torch.empty(0, dtype=torch.uint8)
+    return q.as_strided((q.shape[0], q.stride(0)), q.stride())[:, q.shape[1] :].contiguous().view(torch.uint8)

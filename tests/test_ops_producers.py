@@ -5,7 +5,7 @@ from torch._inductor.utils import run_and_get_code
 
 from blockfp8_titan import ops, reference
 
-from .data import CHECKS, KINDS, bits, draw
+from .data import CHECKS, KINDS, bits, draw, padding
 from .test_ops_quantize import DEVICES, poisoned_outputs  # noqa: F401
 
 LAYOUTS = {
@@ -19,9 +19,10 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def assert_equal(outs, expected, *case):
-    """Bit for bit, and laid out alike."""
+    """Bit for bit, and laid out alike, with zeros between the rows of payloads."""
     for i, (out, twin) in enumerate(zip(outs, expected, strict=True)):
         assert torch.equal(bits(out), bits(twin)) and out.stride() == twin.stride(), (i, *case)
+        assert out.dtype != torch.float8_e4m3fn or not padding(out).any(), (i, *case)
 
 
 # The twins, against PyTorch

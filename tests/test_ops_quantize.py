@@ -3,7 +3,7 @@ import torch
 
 from blockfp8_titan import ops, reference
 
-from .data import CHECKS, KINDS, bits, draw, poisoned
+from .data import CHECKS, KINDS, bits, draw, padding, poisoned
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OPS = [
@@ -83,8 +83,7 @@ def test_padding_of_transposed_rows_is_zero(device, M):
         ops.quantize_128x128_both(x)[2],
         ops.transpose_fp8(ops.quantize_128x128(x)[0]),
     ):
-        rows = xt_q.as_strided((144, xt_q.stride(0)), xt_q.stride())
-        assert not rows[:, M:].contiguous().view(torch.uint8).any()
+        assert padding(xt_q).numel() and not padding(xt_q).any()
         assert xt_q[0, 0].float().isnan()
 
 
