@@ -1,8 +1,10 @@
 """w2(silu(w1(x)) * w3(x)) in fp8: x is quantised once, and neither h = silu(gate) * up nor the gradients of gate and up exist in bf16.
 
-gate, up [M,F] = x w1^T, x w3^T          dgate, dup <- dh, gate, up: quantised in the kernel that computes them
-h        [M,F] = silu(gate) * up:        dx  = dgate w1 + dup w3
-         quantised in the same kernel    dw1 = dgate^T x,   dw3 = dup^T x
+    gate, up [M,F] = x w1^T, x w3^T          dgate, dup <- dh, gate, up: quantised in the kernel that computes them
+    h        [M,F] = silu(gate) * up:        dx  = dgate w1 + dup w3
+             quantised in the same kernel    dw1 = dgate^T x,   dw3 = dup^T x
+
+gate and up themselves are in bf16 and kept for backward.
 """
 
 from functools import cache
