@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from . import ops
 from .activation import QuantizedInput, carrier_like, has_hooks, quantize_input
-from .autograd import KnownWeight, check_operands, output_dtype, refuse_double_backward
+from .autograd import KnownWeight, check_operands, output_dtype, refuse_double_backward, shares_weights
 from .linear import BlockwiseFP8Linear
 from .recipe import Recipe
 
@@ -85,12 +85,12 @@ def gated_half(
     if not isinstance(x, QuantizedInput):
         x = quantize_input(x, recipe, columns=wants_dw, columns_apart=gate.recomputation.columns_apart)
     weights = [linear.known_weight() for linear in (gate, up)]
-    dtype = output_dtype(x.carrier)
+    dtype, as_backward = output_dtype(x.carrier), shares_weights(x, gate.recomputation)
     with torch.no_grad():
         gate_2d, up_2d = (
             ops.gemm_1x128_128x128(
                 *x.rows,
-                *weight.along_rows(recipe),
+                *weight.along_rows(recipe, as_backward=as_backward),
                 dtype,
                 backend=recipe.gemm_backend,
                 recomputed=linear.recomputation.output,

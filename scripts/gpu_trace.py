@@ -20,7 +20,7 @@ GROUPS = (
         r"[Mm]emcpy|[Mm]emset|_foreach_copy_|split_with_sizes|chunk_cat|CatArray|(direct|bfloat16|float8)_copy",
     ),
     ("fp8 GEMM", r"blockfp8::gemm|_scaled_mm|nvjet_qq|\b_gemm_(hopper_)?kernel|gemm_1x128_128"),
-    ("quantise", r"blockfp8::|quantize|blockwise_(act|weight)_quant|\b_(transpose|swiglu\w*|rms_norm_\w+)_kernel"),
+    ("quantise", r"blockfp8::|quantize|blockwise_(act|weight)_quant|\b_(transpose|rms_norm_rstd)_kernel"),
     ("attention", r"flash|fmha|sdpa|attention"),
     ("optimizer and norm", r"multi_tensor_apply|[Aa]dam|_foreach_"),
     ("bf16 GEMM", r"aten::(mm|addmm|bmm|baddbmm)\b|nvjet|gemm|cublas|splitK|\btriton_tem_"),

@@ -24,6 +24,7 @@ from blockfp8_titan.ops import gemm as gemm_ops
 from blockfp8_titan.ops import producers as producer_ops
 from blockfp8_titan.ops import quantize as quantize_ops
 
+from . import elementwise
 from .data import KINDS, bits, draw
 
 assert os.environ["TRITON_INTERPRET"] == "1"
@@ -62,6 +63,7 @@ def on_cpu():
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_fma = fma
     library.on_device_of = lambda x: contextlib.nullcontext()
+    producer_ops._WHOLE_ROWS = 256  # longer rows take two kernels
     backend.resolve_quantize_backend = lambda device: "triton"
     gemm_ops.resolve_gemm_backend = lambda backend, device, kind: "triton"
     gemm_ops.is_hopper = lambda device: False
@@ -79,6 +81,41 @@ def check_quantize(kind, shape, dtype, scale_format):
     ):
         for i, (out, expected) in enumerate(zip(run(x, scale_format, "auto"), twin(x, scale_format), strict=True)):
             assert torch.equal(bits(out), bits(expected)), (twin.__name__, i, kind, shape, dtype, scale_format)
+
+
+def check_equal(outs, twins, *case):
+    for i, (out, twin) in enumerate(zip(outs, twins, strict=True)):
+        assert torch.equal(bits(out), bits(twin)), (i, *case)
+
+
+def check_producers(kind, shape, dtype, scale_format):
+    case = (kind, shape, dtype, scale_format)
+    gate, up, dh = (draw(kind, *shape, dtype) for _ in range(3))
+    weight = draw(kind, 1, shape[1], (torch.bfloat16, torch.float32)[dtype == torch.bfloat16])[0]
+    h, (dgate, dup) = elementwise.swiglu(gate, up), elementwise.swiglu_backward(dh, gate, up)
+    dup_terms = (dh.float() * up.float()).abs()
+    for actual, expected, terms in (
+        (h, reference.swiglu(gate, up), 0.0),
+        (dgate, reference.swiglu_backward(dh, gate, up)[0], dup_terms),
+        (dup, reference.swiglu_backward(dh, gate, up)[1], 0.0),
+    ):
+        assert elementwise.different(actual, expected, terms) < 1e-2, case
+    for layout, quantize in (
+        ("rows", reference.quantize_1x128),
+        ("columns", reference.quantize_1x128_columns),
+        ("both", reference.quantize_1x128_both),
+    ):
+        outs = producer_ops._cuda_swiglu(gate, up, layout, scale_format, "auto")
+        check_equal(outs, quantize(h, scale_format), "swiglu", layout, *case)
+        *outs, rstd = producer_ops._cuda_rms_norm(gate, weight, 1e-5, layout, scale_format, None, "auto")
+        torch.testing.assert_close(rstd, reference.rms_norm_rstd(gate, 1e-5), rtol=1e-6, atol=0, equal_nan=True)
+        y = reference.rms_norm(gate, rstd, weight)
+        check_equal(outs, quantize(y, scale_format), "rms_norm", layout, *case)
+        outs = producer_ops._cuda_rms_norm(gate, weight, 1e-5, layout, scale_format, rstd, "auto")
+        check_equal(outs, quantize(y, scale_format), "rms_norm, given rstd", layout, *case)
+    outs = producer_ops._cuda_swiglu_backward(dh, gate, up, scale_format, "auto")
+    both = reference.quantize_1x128_both
+    check_equal(outs, (*both(dgate, scale_format), *both(dup, scale_format)), "swiglu_backward", *case)
 
 
 def check_shards(kind, whole, split):
@@ -123,6 +160,10 @@ if __name__ == "__main__":
         for dtype in (torch.bfloat16, torch.float32):
             check_quantize(kind, (130, 144), dtype, ("fp32", "pow2")[number % 2])
             check_quantize(kind, (7, 272), dtype, ("pow2", "fp32")[number % 2])
+        check_producers(
+            kind, (130, 144), (torch.bfloat16, torch.float32)[number % 2], ("fp32", "pow2")[number // 2 % 2]
+        )
+        check_producers(kind, (7, 272), (torch.float32, torch.bfloat16)[number % 2], ("pow2", "fp32")[number // 2 % 2])
     for kind, whole, split in (("outliers", (130, 144), 1), ("nonfinite", (256, 16), 128), ("normal", (300, 272), 200)):
         check_shards(kind, whole, split)
     for shape in ((1, 16), (7, 144), (129, 272)):

@@ -83,6 +83,10 @@ def test_launches_of_a_compiled_block():
     both = forward.calls + backward.calls
     assert {name: both[name] for name in FUSED_CALLS} == FUSED_CALLS
     assert (forward.gemms, backward.gemms) == (7, 14)
+    # Without FSDP or a cache, weights are quantised for forward and backward at once.
+    assert {name: both[name] for name in both if "128x128" in name and "gemm" not in name} == {
+        "quantize_128x128_both": 7
+    }
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])

@@ -38,8 +38,8 @@ def op(name: str, number: int) -> dict[str, Any]:
         ("", "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_kernel__5x_cublas", "bf16 GEMM"),
         ("blockfp8::quantize_1x128_both", "_quantize_1x128_both_kernel", "quantise"),
         ("blockfp8::transpose_fp8", "_transpose_kernel", "quantise"),
-        ("", "_swiglu_backward_kernel", "quantise"),
-        ("", "_rms_norm_tile_kernel", "quantise"),
+        ("", "_quantize_swiglu_gradients_kernel", "quantise"),
+        ("", "_rms_norm_rstd_kernel", "quantise"),
         ("", "triton_fp8_blockwise_act_quant_lhs_kernel", "quantise"),
         (
             "aten::_scaled_dot_product_cudnn_attention",

@@ -15,34 +15,101 @@ from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from blockfp8_titan.kernels import gemm, gemm_hopper, quantize  # noqa: E402
+from blockfp8_titan.kernels import gemm, gemm_hopper, producers, quantize  # noqa: E402
 
 CAPABILITIES = [89, 90, 100, 120]
 SHARED_MEMORY = {89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may take
 
-INTS = {
-    name: "i32" for name in ("M", "N", "K", "x_stride", "xt_stride", "w_stride", "first_row", "a_stride", "b_stride")
-}
-ONE_BYTE = {name: "*fp8e4nv" for name in ("x_q_ptr", "xt_q_ptr", "w_q_ptr", "a_ptr", "b_ptr")}
-MULTIPLIERS = {name: "*fp32" for name in ("x_dq_ptr", "xt_dq_ptr", "w_dq_ptr", "a_dq_ptr", "b_dq_ptr")}
+INTS = {name: "i32" for name in ("M", "N", "K", "first_row")}
+INTS |= {f"{name}_stride": "i32" for name in ("x", "xt", "w", "wt", "a", "b", "yt", "gate", "up", "ht", "dh")}
+QUANTISED = ("x", "xt", "w", "wt", "y", "yt", "h", "ht", "dgate", "dgatet", "dup", "dupt")
+ONE_BYTE = {name: "*fp8e4nv" for name in ("a_ptr", "b_ptr", *(f"{name}_q_ptr" for name in QUANTISED))}
+MULTIPLIERS = {f"{name}_dq_ptr": "*fp32" for name in ("a", "b", *QUANTISED)}
 STRIDES = {f"{operand}_dq_stride_{dim}": "i32" for operand, dim in ("am", "ak", "bn", "bk")}
-TYPES = INTS | ONE_BYTE | MULTIPLIERS | STRIDES
+OTHERS = {"rstd_ptr": "*fp32", "eps": "fp32"}
+TYPES = INTS | ONE_BYTE | MULTIPLIERS | STRIDES | OTHERS
 GEMM = {"BLOCK_N": 128, "GROUP_M": 8}
 CASES = {
     "quantize_1x128": (quantize._quantize_1x128_kernel, {"x_ptr": "*bf16"}, {"POW2": False}, {"num_warps": 8}),
     "quantize_1x128_both": (
         quantize._quantize_1x128_both_kernel,
         {"x_ptr": "*bf16"},
-        {"PADDED": False, "POW2": False},
-        {"num_warps": 4},
+        {"RUN": 8, "PADDED": False, "POW2": False},
+        {"num_warps": 4, "maxnreg": 168},
     ),
     "quantize_1x128_both, padded": (
         quantize._quantize_1x128_both_kernel,
         {"x_ptr": "*fp32"},
-        {"PADDED": True, "POW2": True},
+        {"RUN": 8, "PADDED": True, "POW2": True},
         {"num_warps": 4},
     ),
+    "quantize_1x128_columns": (
+        quantize._quantize_1x128_columns_kernel,
+        {"x_ptr": "*bf16"},
+        {"RUN": 8, "PADDED": False, "POW2": False},
+        {"num_warps": 4, "maxnreg": 168},
+    ),
     "quantize_128x128": (quantize._quantize_128x128_kernel, {"w_ptr": "*fp32"}, {"POW2": False}, {"num_warps": 8}),
+    "quantize_128x128_both": (
+        quantize._quantize_128x128_both_kernel,
+        {"w_ptr": "*bf16"},
+        {"RUN": 4, "POW2": False},
+        {"num_warps": 8},
+    ),
+    "swiglu": (
+        producers._quantize_swiglu_kernel,
+        {"gate_ptr": "*bf16", "up_ptr": "*bf16"},
+        {"RUN": 4, "ROWS": True, "COLUMNS": True, "PADDED": False, "POW2": False},
+        {"num_warps": 8, "maxnreg": 128},
+    ),
+    "swiglu_columns": (
+        producers._quantize_swiglu_kernel,
+        {"gate_ptr": "*bf16", "up_ptr": "*bf16"},
+        {"RUN": 8, "ROWS": False, "COLUMNS": True, "PADDED": False, "POW2": False},
+        {"num_warps": 4, "maxnreg": 168},
+    ),
+    "swiglu_backward": (
+        producers._quantize_swiglu_gradients_kernel,
+        {"dh_ptr": "*bf16", "gate_ptr": "*bf16", "up_ptr": "*bf16"},
+        {"RUN": 4, "PADDED": False, "POW2": False},
+        {"num_warps": 8, "maxnreg": 128},
+    ),
+    "swiglu_backward, padded": (
+        producers._quantize_swiglu_gradients_kernel,
+        {"dh_ptr": "*fp32", "gate_ptr": "*fp32", "up_ptr": "*fp32"},
+        {"RUN": 4, "PADDED": True, "POW2": True},
+        {"num_warps": 8, "maxnreg": 128},
+    ),
+    "rms_norm, whole rows": (
+        producers._quantize_rms_norm_rows_kernel,
+        {"x_ptr": "*bf16", "weight_ptr": "*bf16"},
+        {"POW2": False, "BLOCK_M": 2, "BLOCK_K": 4096},
+        {"num_warps": 4},
+    ),
+    "rms_norm, longest rows": (
+        producers._quantize_rms_norm_rows_kernel,
+        {"x_ptr": "*fp32", "weight_ptr": "*fp32"},
+        {"POW2": False, "BLOCK_M": 1, "BLOCK_K": 16384},
+        {"num_warps": 8},
+    ),
+    "rms_norm_rstd": (
+        producers._rms_norm_rstd_kernel,
+        {"x_ptr": "*fp32"},
+        {"BLOCK_M": 4, "BLOCK_K": 2048},
+        {"num_warps": 4},
+    ),
+    "rms_norm": (
+        producers._quantize_rms_norm_kernel,
+        {"x_ptr": "*bf16", "weight_ptr": "*fp32"},
+        {"RUN": 4, "ROWS": True, "COLUMNS": True, "PADDED": False, "POW2": False},
+        {"num_warps": 8, "maxnreg": 128},
+    ),
+    "rms_norm_columns": (
+        producers._quantize_rms_norm_kernel,
+        {"x_ptr": "*bf16", "weight_ptr": "*fp32"},
+        {"RUN": 8, "ROWS": False, "COLUMNS": True, "PADDED": False, "POW2": False},
+        {"num_warps": 4, "maxnreg": 168},
+    ),
     "amax_128x128_": (
         quantize._amax_128x128_kernel,
         {"w_ptr": "*fp32", "bits_ptr": "*i32"},
@@ -77,13 +144,15 @@ def compile_for(capability, kernel, types, constants, options):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     assert all(name in constants for name, kind in signature.items() if kind == "constexpr"), signature
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr"
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name] not in ("constexpr", "fp32")
     }
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
     if kernel is gemm._gemm_kernel:
         options = options | {"num_stages": 4 if capability in (90, 100) else 3}
-    elif kernel is quantize._quantize_1x128_both_kernel and capability in (90, 100) and not constants["PADDED"]:
-        options = options | {"maxnreg": 168}
+    if capability not in ((90,) if kernel.__module__ == producers.__name__ else (90, 100)):
+        options = {name: value for name, value in options.items() if name != "maxnreg"}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

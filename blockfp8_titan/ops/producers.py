@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..formats import BLOCK, ceil_div
 from ..recipe import ScaleFormat
-from .backend import QuantizeBackend, is_datacenter, use_reference
+from .backend import QuantizeBackend, is_hopper, use_reference
 from .layouts import aligned_rows, contiguous_rows, fill, group_multipliers, row_major, tiles
 from .library import FLOATS, check_choice, define, launch
 from .quantize import check_quantizable
@@ -222,7 +222,7 @@ def _launch_tiles(
         (*inputs, *pointers, M, K, *strides, yt_stride),
         (32 // warps, layout != "columns", layout != "rows", padded, scale_format == "pow2"),
         num_warps=warps,
-        maxnreg=registers if is_datacenter(inputs[0].device) else None,
+        maxnreg=registers if is_hopper(inputs[0].device) else None,
     )
 
 
@@ -247,13 +247,13 @@ def _cuda_rms_norm(
 def _rms_norm_whole_rows(
     x: Tensor, weight: Tensor, rstd: Tensor, eps: float, outs: Sequence[Tensor], scale_format: ScaleFormat
 ) -> None:
-    from ..kernels.producers import _rms_norm_rows_kernel
+    from ..kernels.producers import _quantize_rms_norm_rows_kernel
 
     M, K = x.shape
     block_k = max(_power_of_two(K), BLOCK)
     block_m = max(8192 // block_k, 1)
     launch(
-        _rms_norm_rows_kernel,
+        _quantize_rms_norm_rows_kernel,
         (ceil_div(M, block_m), 1, 1),
         (x, weight, rstd, *outs, M, K, x.stride(0), eps),
         (scale_format == "pow2", block_m, block_k),
@@ -283,21 +283,21 @@ def _rms_norm_rstd(x: Tensor, rstd: Tensor, eps: float) -> None:
 def _rms_norm_tiles(
     x: Tensor, weight: Tensor, rstd: Tensor, layout: Layout, outs: Sequence[Tensor], scale_format: ScaleFormat
 ) -> None:
-    from ..kernels.producers import _rms_norm_tile_kernel
+    from ..kernels.producers import _quantize_rms_norm_kernel
 
-    _launch_tiles(_rms_norm_tile_kernel, (x, weight, rstd), layout, outs, x.shape, (x.stride(0),), scale_format)
+    _launch_tiles(_quantize_rms_norm_kernel, (x, weight, rstd), layout, outs, x.shape, (x.stride(0),), scale_format)
 
 
 def _cuda_swiglu(gate: Tensor, up: Tensor, layout: Layout, scale_format: ScaleFormat, backend: str) -> list[Tensor]:
     if use_reference(gate, backend):
         return _reference_swiglu(gate, up, layout, scale_format, backend)
-    from ..kernels.producers import _swiglu_kernel
+    from ..kernels.producers import _quantize_swiglu_kernel
 
     outs = _allocate(gate, layout)
     gate, up = contiguous_rows(gate), contiguous_rows(up)
     if gate.shape[0]:
         strides = (gate.stride(0), up.stride(0))
-        _launch_tiles(_swiglu_kernel, (gate, up), layout, outs, gate.shape, strides, scale_format)
+        _launch_tiles(_quantize_swiglu_kernel, (gate, up), layout, outs, gate.shape, strides, scale_format)
     return outs
 
 
@@ -306,7 +306,7 @@ def _cuda_swiglu_backward(
 ) -> tuple[Tensor, ...]:
     if use_reference(gate, backend):
         return _reference_swiglu_backward(dh, gate, up, scale_format, backend)
-    from ..kernels.producers import _swiglu_backward_kernel
+    from ..kernels.producers import _quantize_swiglu_gradients_kernel
 
     outs = _allocate_swiglu_backward(dh, gate, up, scale_format, backend)
     dh, gate, up = map(contiguous_rows, (dh, gate, up))
@@ -315,12 +315,12 @@ def _cuda_swiglu_backward(
         columns, rows, _ = tiles(M, K)
         strides = (dh.stride(0), gate.stride(0), up.stride(0), outs[2].stride(0))
         launch(
-            _swiglu_backward_kernel,
+            _quantize_swiglu_gradients_kernel,
             (2 * columns, rows, 1),
             (dh, gate, up, *outs, M, K, *strides),
             (4, outs[2].stride(0) != M, scale_format == "pow2"),
             num_warps=8,
-            maxnreg=128 if is_datacenter(gate.device) else None,
+            maxnreg=128 if is_hopper(gate.device) else None,
         )
     return outs
 
