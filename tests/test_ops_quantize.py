@@ -6,7 +6,13 @@ from blockfp8_titan import ops, reference
 from .data import CHECKS, KINDS, bits, draw
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-OPS = [ops.quantize_1x128, ops.quantize_1x128_both, ops.quantize_128x128]
+OPS = [
+    ops.quantize_1x128,
+    ops.quantize_1x128_both,
+    ops.quantize_1x128_columns,
+    ops.quantize_128x128,
+    ops.quantize_128x128_both,
+]
 # M = 0 and 1, around one group, a prime, a token count; K: least, no multiple of 128, one group, more.
 SHAPES = [(0, 256), (1, 16), (7, 144), (127, 128), (129, 208), (130, 272), (384, 640), (1003, 1296)]
 
@@ -68,7 +74,11 @@ def test_layouts(device, shape):
     assert xt_dq.shape == (K, groups_m) and xt_dq.t().is_contiguous()
     for part, whole in zip(ops.quantize_1x128(x), (x_q, x_dq), strict=True):
         assert torch.equal(bits(part), bits(whole)) and part.stride() == whole.stride()
+    for part, whole in zip(ops.quantize_1x128_columns(x), (xt_q, xt_dq), strict=True):
+        assert torch.equal(bits(part), bits(whole)) and part.stride() == whole.stride()
     w_q, w_dq = ops.quantize_128x128(x)
+    for part, whole in zip(ops.quantize_128x128_both(x), (w_q, w_dq, ops.transpose_fp8(w_q)), strict=True):
+        assert torch.equal(bits(part), bits(whole)) and part.stride() == whole.stride()
     assert w_q.is_contiguous() and w_dq.shape == (groups_m, groups_k) and w_dq.is_contiguous()
 
 
@@ -77,7 +87,12 @@ def test_layouts(device, shape):
 def test_padding_of_transposed_rows_is_zero(device, M):
     x = draw("nonfinite", M, 144, torch.float32).to(device)
     x[0, 0] = torch.nan
-    for xt_q in (ops.quantize_1x128_both(x)[2], ops.transpose_fp8(ops.quantize_128x128(x)[0])):
+    for xt_q in (
+        ops.quantize_1x128_both(x)[2],
+        ops.quantize_1x128_columns(x)[0],
+        ops.quantize_128x128_both(x)[2],
+        ops.transpose_fp8(ops.quantize_128x128(x)[0]),
+    ):
         rows = xt_q.as_strided((144, xt_q.stride(0)), xt_q.stride())
         assert not rows[:, M:].contiguous().view(torch.uint8).any()
         assert xt_q[0, 0].float().isnan()
@@ -114,8 +129,8 @@ def test_inputs_are_left_alone(device):
 @pytest.mark.parametrize("M", [0, 7, 128])
 def test_opcheck(device, M):
     x = torch.randn(M, 144, device=device)
-    for name in ("quantize_1x128", "quantize_1x128_both", "quantize_128x128"):
-        torch.library.opcheck(getattr(torch.ops.blockfp8, name), (x, "fp32", "auto"), test_utils=CHECKS)
+    for op in OPS:
+        torch.library.opcheck(getattr(torch.ops.blockfp8, op.__name__), (x, "fp32", "auto"), test_utils=CHECKS)
     torch.library.opcheck(torch.ops.blockfp8.transpose_fp8, (ops.quantize_128x128(x)[0],), test_utils=CHECKS)
 
 
@@ -189,7 +204,7 @@ def test_bad_tables_are_named():
 
 @pytest.mark.parametrize("op", OPS)
 def test_bad_arguments_are_named(op):
-    name = "w" if op is ops.quantize_128x128 else "x"
+    name = "w" if op in (ops.quantize_128x128, ops.quantize_128x128_both) else "x"
     with pytest.raises(ValueError, match=rf"{name} has shape \(2, 3, 16\): must be 2D"):
         op(torch.randn(2, 3, 16))
     with pytest.raises(ValueError, match=rf"{name} has dtype torch.float16: must be torch.bfloat16 or torch.float32"):

@@ -115,7 +115,9 @@ def _check_vector(name: str, vector: Tensor, dtypes: tuple[torch.dtype, ...], x:
             f"{name} requires a gradient, which a quantising op does not have: call it under torch.no_grad() or detach {name}"
         )
     if vector.shape != x.shape[dim : dim + 1]:
-        raise ValueError(f"{name} has shape {tuple(vector.shape)}: must be ({x.shape[dim]},) for x of {tuple(x.shape)}")
+        raise ValueError(
+            f"{name} has shape {tuple(vector.shape)}: must be ({x.shape[dim]},) for x of shape {tuple(x.shape)}"
+        )
     if vector.dtype not in dtypes:
         raise ValueError(f"{name} has dtype {vector.dtype}: must be {' or '.join(map(str, dtypes))}")
     if vector.device != x.device:
