@@ -25,16 +25,15 @@ p { margin: 6px 0; color: #52606d; }
 .wide { overflow-x: auto; margin: 8px 0 16px; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 12px; border-bottom: 1px solid #e4e7eb; text-align: right; vertical-align: top; white-space: nowrap; }
-th { color: #52606d; font-weight: 600; border-bottom: 2px solid #cbd2d9; vertical-align: bottom; }
+th { color: #52606d; font-weight: 600; border-bottom: 2px solid #cbd2d9; vertical-align: bottom; white-space: normal; }
 th.left, td.left { text-align: left; }
-td.long { white-space: normal; min-width: 220px; overflow-wrap: anywhere; }
-th:first-child, td:first-child { position: sticky; left: 0; background: #fff; padding-left: 0; max-width: 45vw;
-  white-space: normal; overflow-wrap: anywhere; }
+td.long { white-space: normal; min-width: 180px; overflow-wrap: anywhere; }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff; padding-left: 0; }
 td.good { color: #15803d; } td.bad { color: #b91c1c; font-weight: 600; }
-figure { margin: 12px 0 24px; } figcaption { font-weight: 600; margin-bottom: 4px; }
+figure { margin: 12px 0 0; padding-bottom: 20px; } figcaption { font-weight: 600; margin-bottom: 4px; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 18px; font-size: 13px; color: #3e4c59; margin-bottom: 6px; }
 .legend span { display: flex; align-items: center; gap: 6px; } .legend svg { width: 26px; height: 8px; flex: none; }
-.plot { position: relative; margin: 0 14px 22px 58px; } .plot svg { display: block; width: 100%; height: 100%; overflow: hidden; }
+.plot { position: relative; margin: 0 14px 26px 58px; } .plot svg { display: block; width: 100%; height: 100%; overflow: hidden; }
 .plot i { position: absolute; font-style: normal; font-size: 12px; color: #52606d; white-space: nowrap; }
 .plot i.y { right: calc(100% + 6px); transform: translateY(-50%); } .plot i.x { top: calc(100% + 4px); transform: translateX(-50%); }
 .bars { display: grid; grid-template-columns: max-content max-content 1fr; gap: 6px 12px; align-items: center;
@@ -43,7 +42,9 @@ figure { margin: 12px 0 24px; } figcaption { font-weight: 600; margin-bottom: 4p
 .track { position: relative; height: 18px; background: #f5f7fa; border-radius: 3px; }
 .track b { position: absolute; inset: 0 auto 0 0; border-radius: 3px; }
 .track u { position: absolute; top: 8px; height: 2px; min-width: 2px; background: #111827; }
-@media (max-width: 640px) { body { padding: 16px 12px 48px; font-size: 14px; } h1 { font-size: 22px; } th, td { padding: 5px 8px; }
+@media (max-width: 640px) { body { padding: 16px 12px 48px; font-size: 14px; } h1 { font-size: 22px; }
+  table { font-size: 13px; } th, td { padding: 5px 8px; }
+  th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: min(34vw, 130px); max-width: 40vw; }
   .plot { margin-left: 48px; } .plot i.x.minor { display: none; }
   .bars { grid-template-columns: 1fr max-content; gap: 2px 12px; } .bars .name { max-width: none; }
   .bars .track { grid-column: 1 / -1; margin-bottom: 8px; } }
@@ -94,9 +95,12 @@ class Table:
 
     def html(self) -> str:
         def cell(tag: str, column: int, text: str) -> str:
-            classes = ["left"] * (column < self.left) + ["long"] * (len(text) > 60) + [self.MARKS.get(text[:1], "")]
+            classes = ["left"] * (column < self.left) + ["long"] * (len(text) > 32) + [self.MARKS.get(text[:1], "")]
             names = " ".join(filter(None, classes))
-            return f'<{tag} class="{names}">{escape(text)}</{tag}>' if names else f"<{tag}>{escape(text)}</{tag}>"
+            shown = escape(text)
+            if column < self.left:  # where a long name may be broken
+                shown = shown.replace(".", ".<wbr>").replace("_", "_<wbr>")
+            return f'<{tag} class="{names}">{shown}</{tag}>' if names else f"<{tag}>{shown}</{tag}>"
 
         lines = [[cell("th", i, text) for i, text in enumerate(self.header)]]
         lines += [[cell("td", i, text) for i, text in enumerate(row)] for row in self.rows]
@@ -182,7 +186,8 @@ class Chart:
             parts.append(f'<path d="{"".join(path)}" {line.stroke()} stroke-linejoin="round"/>')
         labels = [f'<i class="y" style="top:{at_y(y):.2%}">{escape(number(y))}{self.unit}</i>' for y in y_ticks]
         labels += [
-            f'<i class="x{" minor" * (i % 2)}" style="left:{at_x(x):.2%}">{x:,.0f}</i>' for i, x in enumerate(x_ticks)
+            f'<i class="x{" minor" * ((len(x_ticks) - i) % 2 == 0)}" style="left:{at_x(x):.2%}">{x:,.0f}</i>'
+            for i, x in enumerate(x_ticks)
         ]
         keys = "".join(
             f'<span><svg viewBox="0 0 26 8"><path d="M0 4H26" {line.stroke()}/></svg>{escape(line.name)}</span>'
@@ -244,7 +249,9 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between 10 ** low and 10 ** high; powers alone where those are many."""
+    """Numbers between 10 ** low and 10 ** high: round ones, 1, 2 and 5 times powers of ten or powers alone, as the range needs."""
+    if high - low < 0.7:
+        return ticks(10**low, 10**high, 4)
     factors = (1, 2, 5) if high - low < 2 else (1,)
     powers = range(math.floor(low), math.ceil(high) + 1)
     return [f * 10.0**power for power in powers for f in factors if low <= math.log10(f * 10.0**power) <= high]

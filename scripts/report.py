@@ -68,7 +68,7 @@ def overview(group: Group, threshold: float) -> list[Block]:
                 shown(statistics.fmean(norms) if norms else None, ".4f"),
                 shown(tps, ",.0f"),
                 shown(tps / base_tps if tps and base_tps else None, ".3f"),
-                shown(subject.memory, ".1f", " GiB"),
+                gibibytes(subject.memory),
                 shown(subject.memory / base.memory if base and base.memory and subject.memory else None, ".3f"),
             )
         )
@@ -119,7 +119,7 @@ def throughput(group: Group) -> list[Block]:
         if s.speed
     ]
     memory = [
-        Bar(s.name, s.memory, f"{s.memory:.1f} GiB", colors[s.name][0]) for s in group.subjects if s.memory is not None
+        Bar(s.name, s.memory, gibibytes(s.memory), colors[s.name][0]) for s in group.subjects if s.memory is not None
     ]
     has_spread = any(bar.low is not None for bar in speeds)
     title = "Tokens per second and process" + (
@@ -152,10 +152,14 @@ def environment(groups: Sequence[Group]) -> list[Block]:
     """Versions and hardware: a column for all runs, or one for each that has its own."""
     found: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for group in groups:
-        for subject in group.subjects:
-            described = tuple(described_environment(subject).items())
-            label = subject.name if len(groups) == 1 else f"{group.title}: {subject.name}"
-            found.setdefault(described, []).append(label)
+        own = {subject.name: tuple(described_environment(subject).items()) for subject in group.subjects}
+        for name, described in own.items():
+            label = (
+                group.title if len(set(own.values())) == 1 else name if len(groups) == 1 else f"{group.title}: {name}"
+            )
+            found.setdefault(described, [])
+            if label not in found[described]:
+                found[described].append(label)
     columns = {
         "; ".join(names) if len(found) > 1 else "all runs": dict(pairs) for pairs, names in found.items() if pairs
     }
@@ -211,6 +215,10 @@ def shown(value: float | None, form: str, unit: str = "") -> str:
     if value is None:
         return NONE
     return f"{value:{form}}{unit}" if math.isfinite(value) else "not finite"
+
+
+def gibibytes(value: float | None) -> str:
+    return shown(value, ".1f" if value is None or value >= 10 else ".2f", " GiB")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
