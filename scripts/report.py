@@ -25,7 +25,7 @@ from torchtitan.config import JobConfig
 
 OTHER_COLORS = ("#0e7490", "#be185d", "#a16207", "#4d7c0f")
 DASHES = ("", "7 4", "2 3", "10 3 2 3")
-NOT_NUMERIC = {"job.dump_folder", "job.description", "job.config_file"}
+NEVER_ALIKE = {"job.dump_folder", "job.description", "job.config_file"}
 """Settings that differ between any two runs."""
 NONE = "—"
 
@@ -137,7 +137,7 @@ def settings(group: Group) -> list[Block]:
     if len(configs) == 1:
         configs["default"] = flatten(JobConfig().to_dict())
         title = "Settings other than torchtitan's defaults"
-    keys = sorted({key for config in configs.values() for key in config} - NOT_NUMERIC)
+    keys = sorted({key for config in configs.values() for key in config} - NEVER_ALIKE)
     rows = []
     for key in keys:
         values = [config.get(key, NONE) for config in configs.values()]

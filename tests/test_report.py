@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import losses
 import page
 import pytest
 import report
@@ -271,14 +270,3 @@ def test_bars_have_the_length_of_their_values() -> None:
 def test_cells_are_escaped() -> None:
     table = page.Table(("a", "b"), [("<x>", "p|q")])
     assert "&lt;x&gt;" in table.html() and "p\\|q" in table.markdown()
-
-
-def test_gaps_are_those_of_common_steps() -> None:
-    base = {step: 2.0 for step in range(1, 101)}
-    run = {step: 2.0 if step <= 180 else 2.2 for step in range(2, 201, 2)}
-    assert list(losses.gaps(run, base)) == list(range(2, 101, 2)) and losses.mean_gap(run, base) == 0
-    late = {step: 2.0 if step <= 90 else 2.2 for step in range(1, 101)}
-    assert losses.mean_gap(late, base) == pytest.approx(0.1)
-    assert losses.mean_gap({}, base) is None and not losses.is_close(None) and not losses.is_close(math.nan)
-    assert losses.is_close(-0.0025) and not losses.is_close(0.00251)
-    assert losses.smoothed([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
