@@ -1,6 +1,7 @@
 """Blockwise-fp8 training of Llama for torchtitan.
 
-Importing the package registers the model converter "blockwise_fp8" with torchtitan. Everything else works without torchtitan.
+Importing the package registers the model converter "blockwise_fp8" with torchtitan and lets its runs be recorded
+(`metrics`). Everything else works without torchtitan.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,7 @@ from .rules import Rule
 from .weight import refresh_scales
 
 try:
-    from . import converter as _  # noqa: F401
+    from . import metrics as _  # noqa: F401
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "torchtitan":
         raise

@@ -36,11 +36,14 @@ class KnownWeight(NamedTuple):
         """For backward: what was given. FSDP2 frees that memory after the forward and gathers into it again for backward."""
         return (self.w if self.w_q is None else None, *self[1:])
 
-    def along_rows(self, recipe: Recipe) -> tuple[Tensor, Tensor]:
-        """w's payload and multipliers, for y."""
-        if self.w_q is None:
-            return ops.quantize_128x128(self.w, recipe.scale_format, backend=recipe.quantize_backend)
-        return self.w_q, self.w_dq
+    def along_rows(self, recipe: Recipe, *, as_backward: bool) -> tuple[Tensor, Tensor]:
+        """w's payload and multipliers, for y; as_backward: by the op that `along_columns` calls, see `shares_weights`."""
+        if self.w_q is not None:
+            return self.w_q, self.w_dq
+        options = {"scale_format": recipe.scale_format, "backend": recipe.quantize_backend}
+        return (
+            ops.quantize_128x128_both(self.w, **options)[:2] if as_backward else ops.quantize_128x128(self.w, **options)
+        )
 
     def along_columns(self, recipe: Recipe) -> tuple[Tensor, Tensor]:
         """w^T's payload and multipliers, for dx."""
@@ -72,13 +75,13 @@ class _BlockwiseFP8Matmul(torch.autograd.Function):
         out_dtype: torch.dtype,
         recipe: Recipe,
         recomputed: bool,
+        as_backward: bool,
     ) -> Tensor:
         weight = KnownWeight(w, w_q, w_dq, wt_q)
         ctx.save_for_backward(*weight.to_keep(), x_kept, x_kept_dq)
         ctx.x_shape, ctx.x_dtype, ctx.w_dtype, ctx.recipe = x.shape, x.dtype, w.dtype, recipe
-        y = ops.gemm_1x128_128x128(
-            x_q, x_dq, *weight.along_rows(recipe), out_dtype, backend=recipe.gemm_backend, recomputed=recomputed
-        )
+        w_q, w_dq = weight.along_rows(recipe, as_backward=as_backward)
+        y = ops.gemm_1x128_128x128(x_q, x_dq, w_q, w_dq, out_dtype, backend=recipe.gemm_backend, recomputed=recomputed)
         return y.view(*x.shape[:-1], w.shape[0])
 
     @staticmethod
@@ -108,7 +111,7 @@ class _BlockwiseFP8Matmul(torch.autograd.Function):
                 dw = ops.gemm_1x128_1x128(*quantized[2:], x_kept, x_kept_dq, ctx.w_dtype, **options)
             else:
                 dw = ops.gemm_1x128_128x128(*quantized[2:], x_kept, x_kept_dq.t(), ctx.w_dtype, **options)
-        return dx, dw, *([None] * 10)
+        return dx, dw, *([None] * 11)
 
 
 def refuse_double_backward() -> None:
@@ -118,6 +121,12 @@ def refuse_double_backward() -> None:
             "a blockwise-fp8 linear has no second derivative (its rounding has none): call backward or autograd.grad "
             'without create_graph=True, or keep this layer out of fp8 (a rule with action = "skip")'
         )
+
+
+def shares_weights(x: QuantizedInput, recomputation: Recomputation) -> bool:
+    """Whether forward and backward of these are in one graph, in which two calls of one op on one weight become one."""
+    wants_dx = torch.is_grad_enabled() and x.carrier.requires_grad
+    return torch.compiler.is_compiling() and wants_dx and not recomputation.columns_apart
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
@@ -196,4 +205,5 @@ def blockwise_fp8_matmul(
         output_dtype(x.carrier),
         recipe,
         recomputation.output,
+        shares_weights(x, recomputation),
     )

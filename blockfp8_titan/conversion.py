@@ -87,11 +87,38 @@ class ConversionReport:
         """`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
-    def to_table(self) -> str:
-        """Aligned text about 120 columns wide; rows that differ in layer numbers only share a line."""
+    @staticmethod
+    def from_dict(report: Mapping[str, Any]) -> "ConversionReport":
+        """The report that `to_dict` was of."""
+        rows = [
+            Row(
+                **{
+                    **row,
+                    "aliases": tuple(row["aliases"]),
+                    "shape": tuple(row["shape"]),
+                    "recipe": Recipe(**row["recipe"]) if row["recipe"] else None,
+                }
+            )
+            for row in report["rows"]
+        ]
+        known = {field.name: report[field.name] for field in fields(ConversionReport)}
+        tuples = {
+            "rows": tuple(rows),
+            "fusions": tuple(Fusion(**{**fusion, "linears": tuple(fusion["linears"])}) for fusion in report["fusions"]),
+            "warnings": tuple(report["warnings"]),
+            "notes": tuple(report["notes"]),
+        }
+        return ConversionReport(**{**known, **tuples, "recipe": Recipe(**report["recipe"])})
+
+    def columns(self) -> list[tuple[str, ...]]:
+        """Columns of text, their heads first; rows that differ in layer numbers only share a line."""
         header = ("linear", "out x in", "action", "recipe", "by", "params", "FLOPs", "reason")
         lines = [self._cells(fqn, rows) for fqn, rows in collapse(self.rows, _alike)]
-        columns = [column for column in zip(header, *lines, strict=True) if column[0] != "recipe" or any(column[1:])]
+        return [column for column in zip(header, *lines, strict=True) if column[0] != "recipe" or any(column[1:])]
+
+    def to_table(self) -> str:
+        """`columns` and what is to be said below them, as aligned text about 120 columns wide."""
+        columns = self.columns()
         # The reason comes last and wraps; the other columns are as wide as their widest cell.
         widths = [max(map(len, column)) for column in columns[:-1]]
         room = max(TABLE_WIDTH - sum(widths) - 2 * len(widths), 24)
@@ -101,17 +128,21 @@ class ConversionReport:
             first, *more = textwrap.wrap(reason, room) or [""]
             text.append(f"{left}  {first}".rstrip())
             text += [" " * (len(left) + 2) + line for line in more]
-        totals = self.totals()
-        text.append(
-            f"{totals['linears_in_fp8']} of {totals['linears']} Linears in fp8: {totals['flop_share_in_fp8']:.1%} of linear "
-            f"FLOPs, {totals['parameter_share_in_fp8']:.1%} of {self.model_parameters:,} parameters"
-        )
-        text.append(f"recipe where none is shown: {_describe(self.recipe)}")
-        remarks = [f"warning: {warning}" for warning in self.warnings]
-        remarks += [*describe_fusions(self.fusions), *(f"note: {note}" for note in self.notes)]
-        for remark in remarks:
+        for remark in self.remarks():
             text += textwrap.wrap(remark, TABLE_WIDTH, subsequent_indent="  ")
         return "\n".join(text)
+
+    def remarks(self) -> list[str]:
+        """Totals, default recipe, warnings, fusions and notes, in words."""
+        totals = self.totals()
+        return [
+            f"{totals['linears_in_fp8']} of {totals['linears']} Linears in fp8: {totals['flop_share_in_fp8']:.1%} of linear "
+            f"FLOPs, {totals['parameter_share_in_fp8']:.1%} of {self.model_parameters:,} parameters",
+            f"recipe where none is shown: {_describe(self.recipe)}",
+            *(f"warning: {remark}" for remark in self.warnings),
+            *describe_fusions(self.fusions),
+            *(f"note: {remark}" for remark in self.notes),
+        ]
 
     def _cells(self, fqn: str, rows: list[Row]) -> tuple[str, ...]:
         row = rows[0]

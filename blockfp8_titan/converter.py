@@ -18,6 +18,7 @@ from torchtitan.tools.logging import logger
 from .checkpointing import checkpointing_note, prepare_for_checkpointing
 from .config import BlockwiseFP8
 from .conversion import ConversionReport, convert_model, gather_weights_in_fp8
+from .environment import describe_device, describe_versions
 from .formats import BLOCK
 from .ops.backend import describe_gemm_backend
 from .recipe import Fuse
@@ -163,7 +164,8 @@ class BlockwiseFP8Converter:
             self.section.fp8_all_gather and parallel_dims.fsdp_enabled and not parallel_dims.tp_enabled
         )
         self.cache_weight = self.section.cache_weight and not (parallel_dims.fsdp_enabled or parallel_dims.tp_enabled)
-        device = torch.device(utils.device_type)
+        self.world_size = parallel_dims.world_size
+        self.device = device = torch.device(utils.device_type)
         try:
             self.backend = describe_gemm_backend(self.section.gemm_backend, device)
         except ValueError as error:
@@ -200,11 +202,17 @@ class BlockwiseFP8Converter:
         save_fp8_gemms_under_selective_checkpointing(self.job_config.model.name)
         if _rank() == 0:
             name, flavor = self.job_config.model.name, self.job_config.model.flavor
-            logger.info(f"Blockwise fp8 conversion of {name} {flavor}:\n{report.to_table()}")
-            logger.info(f"Blockwise fp8 GEMM backend: {self.backend}")
+            logger.info(f"Blockwise fp8 conversion of {name} {flavor}:\n{report.to_table()}\n{self.banner()}")
             folder = Path(self.job_config.job.dump_folder)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+
+    def banner(self) -> str:
+        """Who computes, on what and with which versions; below the report, which says what is converted and what falls back."""
+        return (
+            f"GEMM backend: {self.backend}\ndevice: {describe_device(self.device)}, one of {self.world_size}\n"
+            f"versions: {describe_versions()}"
+        )
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """Recompute the multipliers of weights that are gathered in fp8, all in one all-reduce; drop quantised weights."""

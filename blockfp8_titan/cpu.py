@@ -12,7 +12,6 @@ products ten times faster, in fp32 inside.
 import functools
 import math
 import os
-import platform
 import resource
 import warnings
 from collections.abc import Callable
@@ -28,6 +27,8 @@ from torchtitan.distributed import parallel_dims
 from torchtitan.distributed import utils as distributed_utils
 from torchtitan.tools import profiling
 from torchtitan.tools import utils as tools_utils
+
+from .environment import processor_name
 
 # A registration ends with its library object.
 ATEN = torch.library.Library("aten", "IMPL")
@@ -71,16 +72,6 @@ class CPUDevice:
     @staticmethod
     def reset_peak_memory_stats() -> None:
         reset_peak_resident_set()
-
-
-def processor_name() -> str:
-    """The processor's model name where Linux tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def peak_resident_set() -> int:

@@ -1,8 +1,10 @@
 """w2(silu(w1(x)) * w3(x)) in fp8: x is quantised once, and neither h = silu(gate) * up nor the gradients of gate and up exist in bf16.
 
-gate, up [M,F] = x w1^T, x w3^T          dgate, dup <- dh, gate, up: quantised in the kernel that computes them
-h        [M,F] = silu(gate) * up:        dx  = dgate w1 + dup w3
-         quantised in the same kernel    dw1 = dgate^T x,   dw3 = dup^T x
+    gate, up [M,F] = x w1^T, x w3^T          dgate, dup <- dh, gate, up: quantised in the kernel that computes them
+    h        [M,F] = silu(gate) * up:        dx  = dgate w1 + dup w3
+             quantised in the same kernel    dw1 = dgate^T x,   dw3 = dup^T x
+
+gate and up themselves are in bf16 and kept for backward.
 """
 
 from functools import cache
@@ -15,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from . import ops
 from .activation import QuantizedInput, carrier_like, has_hooks, quantize_input
-from .autograd import KnownWeight, output_dtype, refuse_double_backward
+from .autograd import KnownWeight, output_dtype, refuse_double_backward, shares_weights
 from .linear import BlockwiseFP8Linear
 from .recipe import Recipe
 
@@ -83,12 +85,12 @@ def gated_half(
     if not isinstance(x, QuantizedInput):
         x = quantize_input(x, recipe, columns=wants_dw, columns_apart=gate.recomputation.columns_apart)
     weights = [linear.known_weight() for linear in (gate, up)]
-    dtype = output_dtype(x.carrier)
+    dtype, as_backward = output_dtype(x.carrier), shares_weights(x, gate.recomputation)
     with torch.no_grad():
         gate_2d, up_2d = (
             ops.gemm_1x128_128x128(
                 *x.rows,
-                *weight.along_rows(recipe),
+                *weight.along_rows(recipe, as_backward=as_backward),
                 dtype,
                 backend=recipe.gemm_backend,
                 recomputed=linear.recomputation.output,

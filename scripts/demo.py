@@ -21,6 +21,7 @@ import make_corpus
 import matplotlib
 import torch
 from launch import ROOT, Step, TrainingFailed, train
+from losses import last_tenth
 from provenance import provenance
 
 matplotlib.use("Agg")
@@ -61,10 +62,6 @@ class Comparison:
         if not self.gap <= GAP_BELOW:
             found.append(f"the curves part: {self.gap:.2%} apart over the last steps, {GAP_BELOW:.0%} at most is right")
         return found
-
-
-def last_tenth(steps: Sequence[Step]) -> Sequence[Step]:
-    return steps[-max(1, len(steps) // 10) :]
 
 
 def compare(runs: dict[str, list[Step]]) -> Comparison:

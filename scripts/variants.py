@@ -1,6 +1,6 @@
 """`experimental.custom_import = "variants"`, for measurements: the plugin, cut models and peers' converters.
 
-Registers
+Records the runs of all converters as metrics.jsonl, and registers
 - every flavor of Llama 3 cut to n layers as "FLAVOR-nL" ("8B-4L"), for GPUs that the whole model does not fit;
 - the converter "torchao_blockwise": torchao's Float8BlockwiseLinear with cuBLASLt's GEMMs, which torchtitan does not offer;
 - the converter "save_scaled_mm", to stand after another: selective activation checkpointing by op then keeps the outputs of
@@ -20,6 +20,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
 import blockfp8_titan.cpu  # noqa: F401
+from blockfp8_titan.metrics import record_every_job
 
 LAYERS = {flavor: args.n_layers for flavor, args in llama3_args.items()}
 
@@ -65,3 +66,4 @@ for flavor, layers in LAYERS.items():
         llama3_args[f"{flavor}-{n}L"] = dataclasses.replace(llama3_args[flavor], n_layers=n)
 register_model_converter(TorchaoBlockwise, "torchao_blockwise")
 register_model_converter(SaveScaledMM, "save_scaled_mm")
+record_every_job()

@@ -361,7 +361,10 @@ def test_losses_are_compared(trained: list[str], tmp_path: Path, capsys: pytest.
     assert result["summary"]["blockwise_fp8"]["gap"] == 0 and result["mode"] == "eager"
     assert "--blockwise_fp8.wgrad=bf16" in result["overrides"]["blockwise_fp8 wgrad=bf16"]
     assert (tmp_path / "loss.png").stat().st_size > 10_000
-    assert "| blockwise_fp8 | 5.0513 | +0.000% |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| blockwise_fp8 | 5.0513 | +0.000% | 1.0000 |" in out
+    assert "PASSED: blockwise_fp8 wgrad=bf16 is +0.000% from bf16 over the last 2 logged steps, 0.25% at most" in out
+    assert result["within_threshold"] == {"blockwise_fp8": True, "blockwise_fp8 wgrad=bf16": True}
 
 
 def test_profiles_stand_side_by_side(

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
-from blockfp8_titan.conversion import convert_model, plan_conversion
+from blockfp8_titan.conversion import ConversionReport, convert_model, plan_conversion
 from blockfp8_titan.linear import BlockwiseFP8Linear
 from blockfp8_titan.recipe import Recipe
 from blockfp8_titan.rules import Rule
@@ -282,6 +282,7 @@ def test_the_table_merges_numbers_at_every_depth_exactly():
 def test_json_has_every_row_in_full(model):
     report = convert_model(model, [{"match": "*.wo", "wgrad": "bf16", "reason": "why"}]).with_notes("a remark")
     content = json.loads(report.to_json())
+    assert ConversionReport.from_dict(content) == report
     assert [row["fqn"] for row in content["rows"]] == [row.fqn for row in report.rows]
     assert content["rows"][1] == {
         "fqn": "layers.0.wo",

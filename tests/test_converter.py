@@ -20,6 +20,7 @@ from torchtitan.tools import utils
 from blockfp8_titan import converter
 from blockfp8_titan.config import BlockwiseFP8
 from blockfp8_titan.config import JobConfig as AddedConfig
+from blockfp8_titan.environment import processor_name
 from blockfp8_titan.linear import BlockwiseFP8Linear
 from blockfp8_titan.rules import Rule
 from blockfp8_titan.weight import BlockwiseFP8Weight
@@ -72,6 +73,9 @@ def test_conversion_logs_the_table_and_the_backend_and_writes_every_row(job, tmp
     assert "layers.{0-5}.attention.wk ×6" in caplog.text and "narrow" in caplog.text
     assert "30 of 43 Linears in fp8" in caplog.text
     assert "GEMM backend: reference on cpu, chosen by auto" in caplog.text
+    assert f"device: {processor_name()}, one of 1" in caplog.text and f"torch {torch.__version__}" in caplog.text
+    (block,) = [record for record in caplog.records if "Blockwise fp8" in record.message]
+    assert "\x1b" not in block.message
     report = json.loads((tmp_path / "run" / "blockwise_fp8_conversion.json").read_text())
     assert len(report["rows"]) == 43
     assert report["totals"]["linears_in_fp8"] == 30

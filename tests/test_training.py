@@ -17,6 +17,8 @@ from torch.torch_version import TorchVersion
 
 from blockfp8_titan import reference
 from blockfp8_titan.converter import FIRST_TORCH_WITHOUT_COMPILED_TP
+from blockfp8_titan.journal import read
+from blockfp8_titan.metrics import METRICS_FILE, RUNS_FILE, VALIDATION_FILE
 
 from .conftest import Run, Train
 from .data import bits
@@ -82,6 +84,20 @@ def test_the_conversion_is_reported(fp8: Run) -> None:
     assert "layers.5.feed_forward.w1" in json.dumps(report)
 
 
+def test_both_runs_are_recorded(bf16: Run, fp8: Run) -> None:
+    for run in (bf16, fp8):
+        records = read(run.folder / METRICS_FILE)
+        assert [record["step"] for record in records] == [step.step for step in run.steps]
+        assert [record["loss"] for record in records] == pytest.approx(run.losses, abs=1e-5)
+        assert [record["grad_norm"] for record in records] == pytest.approx(run.grad_norms, abs=1e-4)
+        assert [record["tps"] for record in records] == pytest.approx([step.tps for step in run.steps], rel=0.05)
+        assert all(record["memory_gib"] > 0 and 0 <= record["data_loading_share"] <= 1 for record in records)
+        assert len({record["lr"] for record in records}) > 2
+        (start,) = read(run.folder / RUNS_FILE)
+        assert start["config"]["debug"]["seed"] == 0 and start["world_size"] == 2
+    assert "mfu: nan%" in fp8.log.read_text() and "GEMM backend: reference" in fp8.log.read_text()
+
+
 def test_resuming_repeats_the_undisturbed_run(train: Train, fp8: Run, tmp_path: Path) -> None:
     resumed = train(
         "debug_blockwise_fp8",
@@ -120,6 +136,12 @@ def test_a_killed_run_goes_on_as_if_undisturbed(train: Train, fp8: Run, tmp_path
     resumed = train("debug_blockwise_fp8", *FULL_CHECKPOINTS, steps=STEPS, folder=tmp_path)
     assert [step.step for step in resumed.steps] == [4, 5, 6]
     assert resumed.losses == fp8.losses[3:] and resumed.grad_norms == fp8.grad_norms[3:]
+    # The killed run recorded steps beyond its checkpoint; each is there once.
+    records = read(tmp_path / METRICS_FILE)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["loss"] for record in records] == pytest.approx(fp8.losses, abs=1e-5)
+    assert [start["first_step"] for start in read(tmp_path / RUNS_FILE)] == [1, 4]
+    assert len({record["run"] for record in records}) == 2
 
 
 def test_three_processes_with_uneven_shards_go_on_from_two(train: Train, bf16: Run, fp8: Run, tmp_path: Path) -> None:
@@ -232,7 +254,11 @@ def alone(train: Train, corpus: Path) -> Run:
 
 def test_one_process_with_validation(alone: Run) -> None:
     assert alone.losses[-1] < alone.losses[0] - 0.5
-    assert launch.validation_losses(alone.log)[4] < alone.losses[0] - 0.5
+    losses = launch.validation_losses(alone.log)
+    assert losses[4] < alone.losses[0] - 0.5
+    recorded = {record["step"]: record["loss"] for record in read(alone.folder / VALIDATION_FILE)}
+    assert recorded == pytest.approx(losses, abs=1e-4)
+    assert [record["step"] for record in read(alone.folder / METRICS_FILE)] == [1, 2, 3, 4]
 
 
 @dataclass(frozen=True)
@@ -286,6 +312,7 @@ def gap_after_going_on(train: Train, before: Run, composition: Composition, devi
     )
     assert composition.says in run.log.read_text()
     losses = run.losses_of(composition.rank)
+    assert [record["loss"] for record in read(run.folder / METRICS_FILE)] == pytest.approx(losses, abs=1e-5)
     return max(abs(x / y - 1) for x, y in zip(losses, before.losses[composition.step :][:2], strict=True))
 
 

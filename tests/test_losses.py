@@ -1,0 +1,49 @@
+"""How far losses are apart, and compare_loss.py's verdict on it; the trainer is replaced."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import compare_loss
+import losses
+import pytest
+from launch import Step
+from runs import Arm
+
+
+def test_gaps_are_those_of_common_steps() -> None:
+    base = {step: 2.0 for step in range(1, 101)}
+    run = {step: 2.0 if step <= 180 else 2.2 for step in range(2, 201, 2)}
+    assert list(losses.gaps(run, base)) == list(range(2, 101, 2)) and losses.mean_gap(run, base) == 0
+    late = {step: 2.0 if step <= 90 else 2.2 for step in range(1, 101)}
+    assert losses.mean_gap(late, base) == pytest.approx(0.1)
+    assert losses.mean_gap({}, base) is None and not losses.is_close(None) and not losses.is_close(math.nan)
+    assert losses.is_close(-0.0025) and not losses.is_close(0.00251)
+    assert losses.smoothed([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.002, 0), (0.998, 0), (1.003, 1), (0.997, 1), (math.nan, 1)])
+def test_the_verdict_on_a_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, factor: float, status: int
+) -> None:
+    def train_arm(arm: Arm, args: Any, **options: Any) -> list[Step]:
+        # Far apart at the beginning, which does not count.
+        scale = {"bf16": 1.0}.get(arm.converter, factor)
+        return [Step(n, 5 * (scale if n > 18 else 2.0), 0.5 * scale, 10.0, 100.0) for n in range(1, args.steps + 1)]
+
+    monkeypatch.setattr(compare_loss, "train_arm", train_arm)
+    command = ["debug", "--steps", "20", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    assert compare_loss.main(command) == status
+    result = json.loads((tmp_path / "loss.json").read_text())
+    assert result["threshold"] == 0.0025 and result["within_threshold"] == {"blockwise_fp8": status == 0}
+    captured = capsys.readouterr()
+    assert ("FAILED: blockwise_fp8" in captured.err) == bool(status) != ("PASSED: blockwise_fp8" in captured.out)
+    if not math.isnan(factor):
+        summary = result["summary"]["blockwise_fp8"]
+        assert summary["gap"] == pytest.approx(factor - 1) and summary["grad_norm"] == pytest.approx(0.5 * factor)
+        assert summary["largest_step_gap"] == pytest.approx(abs(factor - 1))
+        assert result["gap"]["blockwise_fp8"][-1] == [20, pytest.approx(factor - 1)]
+        assert result["grad_norm"]["blockwise_fp8"][0] == [1, 0.5 * factor]
+        # Asked for more, it is not enough.
+        assert compare_loss.main([*command, "--threshold", "0.001"]) == 1
