@@ -20,6 +20,7 @@ from blockfp8_titan.ops import gemm as gemm_ops
 from blockfp8_titan.ops import library
 from blockfp8_titan.ops.backend import is_hopper
 
+from . import elementwise
 from .data import bits, draw
 
 MATRICES = [(1, 16), (128, 256), (131, 208)]
@@ -34,7 +35,13 @@ def check_equal(name: str, outs: tuple[torch.Tensor, ...], twins: tuple[torch.Te
 def quantize(M: int, K: int, dtype: torch.dtype) -> None:
     x = draw("outliers", M, K, dtype)
     on_gpu = x.cuda()
-    for op in (ops.quantize_1x128, ops.quantize_1x128_both, ops.quantize_128x128):
+    for op in (
+        ops.quantize_1x128,
+        ops.quantize_1x128_both,
+        ops.quantize_1x128_columns,
+        ops.quantize_128x128,
+        ops.quantize_128x128_both,
+    ):
         check_equal(op.__name__, op(on_gpu), op(x))
     q, dq = ops.quantize_128x128(x)
     check_equal("quantize_rows", (ops.quantize_rows(on_gpu, dq.cuda(), 0),), (q,))
@@ -44,6 +51,25 @@ def quantize(M: int, K: int, dtype: torch.dtype) -> None:
     ops.amax_128x128_([x], [0], [table])
     ops.amax_128x128_([on_gpu], [0], [on_gpu_table])
     check_equal("amax_128x128_", (on_gpu_table,), (table,))
+
+
+def produce(M: int, K: int, dtype: torch.dtype) -> None:
+    dh, gate, up = (draw("outliers", M, K, dtype).cuda() for _ in range(3))
+    weight = torch.randn(K, device="cuda")
+    h, (dgate, dup) = elementwise.swiglu(gate, up).cpu(), elementwise.swiglu_backward(dh, gate, up)
+    for layout, quantize in (
+        ("rows", ops.quantize_1x128),
+        ("columns", ops.quantize_1x128_columns),
+        ("both", ops.quantize_1x128_both),
+    ):
+        check_equal("swiglu_quantize_1x128", ops.swiglu_quantize_1x128(gate, up, layout), quantize(h))
+        *outs, rstd = ops.rms_norm_quantize_1x128(gate, weight, 1e-5, layout)
+        y = reference.rms_norm(*(x.cpu() for x in (gate, rstd, weight)))
+        check_equal("rms_norm_quantize_1x128", outs, quantize(y))
+        *outs, _ = ops.rms_norm_quantize_1x128(gate, weight, 1e-5, layout, rstd=rstd)
+        check_equal("rms_norm_quantize_1x128, rstd given", outs, quantize(y))
+    for outs, x in zip(ops.swiglu_backward_quantize_1x128_both(dh, gate, up), (dgate, dup), strict=True):
+        check_equal("swiglu_backward_quantize_1x128_both", outs, ops.quantize_1x128_both(x.cpu()))
 
 
 def gemm(M: int, N: int, K: int, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -84,6 +110,7 @@ if __name__ == "__main__":
     for shape in MATRICES[-1:] if few else MATRICES:
         for dtype in dtypes:
             quantize(*shape, dtype)
+            produce(*shape, dtype)
     for shape in GEMMS[-1:] if few else GEMMS:
         gemm(*shape, dtypes)
     torch.cuda.synchronize()
