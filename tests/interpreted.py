@@ -1,7 +1,7 @@
 """Runs the kernels, through their real launchers, in Triton's interpreter on the CPU and compares them with their twins.
 
 Started by test_kernels.py with TRITON_INTERPRET=1. The interpreter's own fp8 cast loses a carry (127.8 -> 64 in Triton 3.6 and
-3.9) and its fma rounds twice: both are mended here, in the test, so that what is compared is the kernel.
+3.9), its fma rounds twice, and it has no PTX: all three are mended here, in the test, so that what is compared is the kernel.
 """
 
 import contextlib
@@ -57,11 +57,23 @@ def amax_bits(x, axis: tl.constexpr):
     return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
 
 
+@triton.jit
+def pack_e4m3(a, b, c, d):
+    """What kernels.scaling.pack_e4m3 computes."""
+    return _byte(a) | _byte(b) << 8 | _byte(c) << 16 | _byte(d) << 24
+
+
+@triton.jit
+def _byte(x):
+    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+
+
 def on_cpu():
     for name in ("new_empty", "new_empty_strided"):
         setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
     for kernels in (quantize_kernels, producer_kernels, tiles):
         kernels.amax_bits = amax_bits
+    tiles.pack_e4m3 = pack_e4m3
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_fma = fma
     library.on_device_of = lambda x: contextlib.nullcontext()

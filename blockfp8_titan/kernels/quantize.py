@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .scaling import amax_bits, block_multiplier, quantize, reciprocal
+from .scaling import amax_bits, block_multiplier, quantize, quotient, reciprocal
 from .tiles import BLOCK, store_columns, store_rows, store_transposed, this_tile, tile, tile_in_runs
 
 
@@ -59,15 +59,16 @@ def _quantize_128x128_kernel(w_ptr, w_q_ptr, w_dq_ptr, N, K, w_stride, POW2: tl.
     row, column = this_tile()
     n, k, mask = tile(row, column, N, K)
     w = tl.load(w_ptr + n[:, None] * w_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(w_q_ptr + n[:, None] * K + k[None, :], _quantize_block(w, row, column, w_dq_ptr, POW2), mask=mask)
+    quotients = _divide_block(w, row, column, w_dq_ptr, POW2)
+    tl.store(w_q_ptr + n[:, None] * K + k[None, :], quotients.to(tl.float8e4nv), mask=mask)
 
 
 @triton.jit
-def _quantize_block(w, row, column, w_dq_ptr, POW2: tl.constexpr):
-    """The payload of a tile that shares one multiplier, which is stored."""
+def _divide_block(w, row, column, w_dq_ptr, POW2: tl.constexpr):
+    """A tile divided by the one multiplier that it shares, which is stored."""
     dq = block_multiplier(tl.max(amax_bits(w, 1), 0), POW2)
     tl.store(w_dq_ptr + row * tl.num_programs(0) + column, dq)
-    return quantize(w, dq, reciprocal(dq))
+    return quotient(w, dq, reciprocal(dq))
 
 
 @triton.jit
@@ -81,17 +82,19 @@ def _quantize_128x128_both_kernel(
     w_stride,
     wt_stride,
     RUN: tl.constexpr,
+    PADDED: tl.constexpr,
     POW2: tl.constexpr,
 ):
-    """w [N, K] -> w_q [N, K], w_dq [ceil(N/128), ceil(K/128)] and wt_q [K, wt_stride], zero past N; wt_stride is a multiple of 16."""
+    """w [N, K] -> w_q [N, K], w_dq [ceil(N/128), ceil(K/128)] and wt_q [K, wt_stride].
+
+    PADDED: wt_stride > N; columns of wt_q past N become zero. wt_stride is a multiple of 16.
+    """
     row, column = this_tile()
     n, k, mask = tile_in_runs(row, column, N, K, RUN)
     w = tl.load(w_ptr + n[:, None] * w_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    w_q = _quantize_block(w, row, column, w_dq_ptr, POW2)
-    # Masked as if padded, always: the assembler (ptxas 12.8, 13.1) crashes where bytes that it converted in pairs are both stored
-    # as they are and taken apart.
-    store_transposed(w_q, row, column, n, k, wt_q_ptr, N, K, wt_stride, RUN, True)
-    tl.store(w_q_ptr + n[:, None] * K + k[None, :], w_q, mask=mask)
+    quotients = _divide_block(w, row, column, w_dq_ptr, POW2)
+    tl.store(w_q_ptr + n[:, None] * K + k[None, :], quotients.to(tl.float8e4nv), mask=mask)
+    store_transposed(quotients, row, column, n, k, wt_q_ptr, N, K, wt_stride, RUN, PADDED)
 
 
 @triton.jit

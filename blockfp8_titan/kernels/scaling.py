@@ -14,6 +14,7 @@ from ..formats import EPS as _EPS
 E4M3_MAX = tl.constexpr(_E4M3_MAX)
 E4M3_MAX_RECIPROCAL = tl.constexpr(float.fromhex("0x1.24924Ap-9"))  # 1 / 448 rounded to fp32
 EPS = tl.constexpr(_EPS)
+TINY = tl.constexpr(2.0**-64)
 
 
 @triton.jit
@@ -46,12 +47,44 @@ def reciprocal(dq):
 
 
 @triton.jit
+def quotient(x, dq, inverse):
+    """x / dq rounded to nearest, with inverse = reciprocal(dq); shapes broadcast."""
+    # Tiny blocks are lifted by an exact factor: their residuals would have bits below the least fp32.
+    lift = tl.where(dq < TINY, 1 / TINY, 1.0)
+    x, dq, inverse = x * lift, dq * lift, inverse * tl.where(dq < TINY, TINY, 1.0)
+    approximate = x * inverse
+    # Signs so placed that -0 stays -0; x * -1.0 folds into the instruction, where Triton 3.6 would compute -x as 0 - x.
+    excess = tl.fma(approximate, dq, x * -1.0)
+    return tl.fma(excess, inverse * -1.0, approximate)
+
+
+@triton.jit
 def quantize(x, dq, inverse):
     """e4m3(x / dq), with inverse = reciprocal(dq); shapes broadcast.
 
     No clamp: |x / dq| <= 448 (1 + 2^-23), which the cast rounds to 448. NaN casts to 0x7F.
     """
-    quotient = x * inverse
-    # Signs so placed that -0 stays -0; x * -1.0 folds into the instruction, where Triton 3.6 would compute -x as 0 - x.
-    excess = tl.fma(quotient, dq, x * -1.0)
-    return tl.fma(excess, inverse * -1.0, quotient).to(tl.float8e4nv)
+    return quotient(x, dq, inverse).to(tl.float8e4nv)
+
+
+@triton.jit
+def pack_e4m3(a, b, c, d):
+    """fp32 a, b, c, d -> int32 words of e4m3(a), e4m3(b), e4m3(c), e4m3(d), a in the lowest byte; casts as in `quantize`.
+
+    Instructions that convert two numbers and merge the result into a word. Not written as casts and shifts because Triton casts
+    pairs along another axis, and where such a pair is then taken apart the assembler (ptxas 12.8 to 13.1) can read a register that
+    nothing wrote: `quantize_1x128_both` was wrong that way under Triton 3.7 and 3.9.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b16 ab, cd;
+        cvt.rn.satfinite.e4m3x2.f32 ab, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 cd, $4, $3;
+        mov.b32 $0, {ab, cd};
+        }""",
+        "=r,f,f,f,f",
+        [a, b, c, d],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )

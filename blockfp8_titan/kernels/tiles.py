@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..formats import BLOCK as _BLOCK
-from .scaling import amax_bits, block_multiplier, quantize, reciprocal
+from .scaling import amax_bits, block_multiplier, pack_e4m3, quantize, quotient, reciprocal
 
 BLOCK = tl.constexpr(_BLOCK)
 
@@ -31,8 +31,8 @@ def tile_in_runs(row, column, M, K, RUN: tl.constexpr):
     """As `tile`, with rows in the order 0, RUN, 2 RUN, ..., 1, RUN + 1, ...: any order does, since a tile is one group of rows.
 
     In the layout that Triton gives a tile whose payload is stored by 16 bytes, a thread then holds runs of neighbouring rows, eight
-    with four warps and four with eight, and packs four payloads of a column into a word without leaving its registers. What goes
-    through shared memory to be transposed is words, not bytes.
+    with four warps and four with eight, and casts four of a column into a word without leaving its registers. What goes through
+    shared memory to be transposed is words, not bytes.
     """
     p = tl.arange(0, BLOCK)
     m = row.to(tl.int64) * BLOCK + p % (BLOCK // RUN) * RUN + p // (BLOCK // RUN)
@@ -66,41 +66,33 @@ def store_columns(
 ):
     """Quantise the columns of a tile in the order of `tile_in_runs` and store them transposed, with their multipliers."""
     dq = block_multiplier(amax_bits(x, 0), POW2)
-    store_transposed(
-        quantize(x, dq[None, :], reciprocal(dq)[None, :]), row, column, m, k, xt_q_ptr, M, K, xt_stride, RUN, PADDED
-    )
+    quotients = quotient(x, dq[None, :], reciprocal(dq)[None, :])
+    store_transposed(quotients, row, column, m, k, xt_q_ptr, M, K, xt_stride, RUN, PADDED)
     tl.store(xt_dq_ptr + row.to(tl.int64) * K + k, dq, mask=k < K)
 
 
 @triton.jit
-def store_transposed(payload, row, column, m, k, xt_q_ptr, M, K, xt_stride, RUN: tl.constexpr, PADDED: tl.constexpr):
-    """Store a tile's payload, in the order of `tile_in_runs`, as part of [K, xt_stride].
+def store_transposed(quotients, row, column, m, k, xt_q_ptr, M, K, xt_stride, RUN: tl.constexpr, PADDED: tl.constexpr):
+    """Cast a tile's quotients, in the order of `tile_in_runs`, to e4m3 and store them as part of [K, xt_stride].
 
     PADDED: xt_stride > M; columns past M become zero. xt_stride is a multiple of 16.
     """
-    payload = payload.to(tl.uint8, bitcast=True)
     if PADDED:
         # Rows past M are zero, but in a block that holds NaN zero times its multiplier is NaN too.
-        payload = tl.where((m < M)[:, None], payload, 0)
+        quotients = tl.where((m < M)[:, None], quotients, 0.0)
     # From the tile's own start, offsets are 32-bit numbers, which take half of the registers.
     stride = xt_stride // 4
     tile_ptr = xt_q_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (column.to(tl.int64) * BLOCK * stride + row * 32)
     at, word = tl.arange(0, BLOCK), tl.arange(0, 32)
     inside = (k < K)[:, None] & (word < stride - row * 32)[None, :]
-    tl.store(tile_ptr + at[:, None] * stride + word[None, :], _pack_rows(payload, RUN), mask=inside)
+    tl.store(tile_ptr + at[:, None] * stride + word[None, :], _pack_rows(quotients, RUN), mask=inside)
 
 
 @triton.jit
-def _pack_rows(payload, RUN: tl.constexpr):
-    """uint8 [128 rows as `tile_in_runs` orders them, 128 columns] -> int32 [128 columns, 32]: four rows in a word."""
-    halves = _join(payload.to(tl.int32).reshape(RUN // 2, 2, BLOCK // RUN, BLOCK), 8)
-    words = _join(halves.reshape(RUN // 4, 2, BLOCK // RUN, BLOCK), 16)
-    return words.permute(2, 1, 0).reshape(BLOCK, 32)
-
-
-@triton.jit
-def _join(pairs, BITS: tl.constexpr):
-    """int32 numbers of so many bits in pairs along axis 1, the lower half first -> one number of each pair."""
-    shift = (tl.arange(0, 2) * BITS)[None, :, None, None]
-    # A sum of numbers without common bits is their union.
-    return tl.sum(pairs << shift, 1)
+def _pack_rows(quotients, RUN: tl.constexpr):
+    """fp32 [128 rows as `tile_in_runs` orders them, 128 columns] -> int32 [128 columns, 32]: e4m3 of four rows in a word."""
+    runs = quotients.reshape(RUN // 4, 2, 2, BLOCK // RUN, BLOCK).permute(0, 3, 4, 1, 2)
+    even, odd = tl.split(runs)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return pack_e4m3(first, second, third, fourth).permute(2, 1, 0).reshape(BLOCK, 32)

@@ -5,14 +5,14 @@
 "reference" (plain PyTorch).
 """
 
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..recipe import ScaleFormat
-from .backend import QuantizeBackend, is_datacenter, use_reference
+from .backend import QuantizeBackend, is_hopper, use_reference
 from .layouts import E4M3, aligned_rows, block_multipliers, contiguous_rows, fill, group_multipliers, row_major, tiles
 from .library import FLOATS, check_aligned, check_choice, check_matrix, define, kernels, launch
 
@@ -222,6 +222,16 @@ def _cuda_1x128(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Ten
     return x_q, x_dq
 
 
+def _launch_columns(
+    kernel: Any, x: Tensor, args: tuple[Tensor | int, ...], padded: bool, scale_format: ScaleFormat
+) -> None:
+    """Launch a kernel that quantises columns of x."""
+    # Capped, three programs run on a multiprocessor: 89 to 92 % of copy bandwidth on an H100. Elsewhere that would spill.
+    warps, registers = (4, 168) if is_hopper(x.device) and not padded else (8, None)
+    constants = (32 // warps, padded, scale_format == "pow2")
+    launch(kernel, tiles(*x.shape), args, constants, num_warps=warps, maxnreg=registers)
+
+
 def _cuda_1x128_columns(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
     if use_reference(x, backend):
         return _reference_1x128_columns(x, scale_format, backend)
@@ -230,15 +240,7 @@ def _cuda_1x128_columns(x: Tensor, scale_format: ScaleFormat, backend: str) -> t
     M, K = x.shape
     if M:
         args = (x, xt_q, xt_dq, M, K, x.stride(0), xt_q.stride(0))
-        padded = xt_q.stride(0) != M
-        launch(
-            kernels("quantize")._quantize_1x128_columns_kernel,
-            tiles(M, K),
-            args,
-            (8, padded, scale_format == "pow2"),
-            num_warps=4,
-            maxnreg=168 if is_datacenter(x.device) else None,  # three programs on a multiprocessor
-        )
+        _launch_columns(kernels("quantize")._quantize_1x128_columns_kernel, x, args, xt_q.stride(0) != M, scale_format)
     return xt_q, xt_dq
 
 
@@ -249,16 +251,8 @@ def _cuda_1x128_both(x: Tensor, scale_format: ScaleFormat, backend: str) -> tupl
     x = contiguous_rows(x)
     M, K = x.shape
     if M:
-        padded = xt_q.stride(0) != M
-        launch(
-            kernels("quantize")._quantize_1x128_both_kernel,
-            tiles(M, K),
-            (x, x_q, x_dq, xt_q, xt_dq, M, K, x.stride(0), xt_q.stride(0)),
-            (8, padded, scale_format == "pow2"),
-            num_warps=4,
-            # Three programs on a multiprocessor: 89 to 92 % of copy bandwidth on an H100. Elsewhere, and padded, it would spill.
-            maxnreg=168 if is_datacenter(x.device) and not padded else None,
-        )
+        args = (x, x_q, x_dq, xt_q, xt_dq, M, K, x.stride(0), xt_q.stride(0))
+        _launch_columns(kernels("quantize")._quantize_1x128_both_kernel, x, args, xt_q.stride(0) != M, scale_format)
     return x_q, x_dq, xt_q, xt_dq
 
 
@@ -286,7 +280,7 @@ def _cuda_128x128_both(w: Tensor, scale_format: ScaleFormat, backend: str) -> tu
             kernels("quantize")._quantize_128x128_both_kernel,
             tiles(N, K),
             args,
-            (4, scale_format == "pow2"),
+            (4, wt_q.stride(0) != N, scale_format == "pow2"),
             num_warps=8,
         )
     return w_q, w_dq, wt_q
