@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,28 @@ FLOATS = (torch.bfloat16, torch.float32)
 """What the quantising ops take."""
 
 _library = torch.library.Library("blockfp8", "DEF")
+
+Observer = Callable[[str, tuple[Any, ...], Any], None]
+"""Is told an op's name (with its overload), its arguments and what it returned."""
+
+_observer: Observer | None = None
+
+
+def observe(observer: Observer | None) -> None:
+    """Call it after each op that computes, in compiled code too; None ends that. It must leave arguments and results alone."""
+    global _observer
+    _observer = observer
+
+
+def _observed(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(implementation)
+    def run(*args: Any) -> Any:
+        result = implementation(*args)
+        if _observer is not None:
+            _observer(name, args, result)
+        return result
+
+    return run
 
 
 def define(
@@ -33,8 +55,8 @@ def define(
     # Exact strides: inductor must neither re-lay an operand nor assume another layout of a result.
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     name = schema.partition("(")[0]
-    _library.impl(name, reference, "CompositeExplicitAutograd")
-    _library.impl(name, cuda, "CUDA")
+    _library.impl(name, _observed(name, reference), "CompositeExplicitAutograd")
+    _library.impl(name, _observed(name, cuda), "CUDA")
     torch.library.register_fake(f"blockfp8::{name}", fake, lib=_library)
 
 
