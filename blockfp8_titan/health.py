@@ -152,9 +152,7 @@ class Observation:
         if linear is not None and w.numel():
             self._measure_weight(linear, w, w_q, w_dq, first_row)
 
-    def _measure_weight(
-        self, linear: BlockwiseFP8Linear, w: Tensor, w_q: Tensor, w_dq: Tensor, first_row: int
-    ) -> None:
+    def _measure_weight(self, linear: BlockwiseFP8Linear, w: Tensor, w_q: Tensor, w_dq: Tensor, first_row: int) -> None:
         key: tuple[str, Role] = (self._names[linear], "w")
         if key not in self._tallies:
             (self._tallies[key],) = tallies_of(lambda rows: [w[rows]], [(w_q, per_row(w_dq, first_row, w.shape[0]))])

@@ -4,6 +4,7 @@ Importing this module lets every model family's train spec, registered before or
 
 - metrics.jsonl: one object for each logged step, see `step_record`;
 - validation.jsonl: one for each validation;
+- health.jsonl: one for each step whose fp8 health was observed, see `health_log`;
 - runs.jsonl: one for each start: run id, first step, versions, hardware, configuration.
 
 A run that goes on from a checkpoint first moves what an earlier one logged beyond it to metrics.superseded.jsonl, so that every step is
@@ -35,12 +36,14 @@ from torchtitan.protocols import train_spec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import NoColor
 
-from .converter import NAME
+from .converter import NAME, section_of
 from .environment import hardware, versions
+from .health_log import watch_health
 from .journal import Journal
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+HEALTH_FILE = "health.jsonl"
 RUNS_FILE = "runs.jsonl"
 
 MFU = "mfu(%)"
@@ -132,12 +135,13 @@ class RunRecorder(BaseLogger):
         self.run = f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
         self.steps = Journal(folder / METRICS_FILE)
         self.validations = Journal(folder / VALIDATION_FILE)
+        self.health = Journal(folder / HEALTH_FILE)
         self.runs = Journal(folder / RUNS_FILE)
         self.about = about
 
     def begin(self, first_step: int) -> None:
         """Call before the first record: what earlier runs logged from this step on is superseded."""
-        for journal in (self.steps, self.validations):
+        for journal in (self.steps, self.validations, self.health):
             journal.supersede_from(first_step)
         self.runs.append({"run": self.run, "time": _now(), "first_step": first_step, **self.about})
 
@@ -145,6 +149,9 @@ class RunRecorder(BaseLogger):
         is_validation = any(key.startswith(VALIDATION) for key in metrics)
         record = {"step": step, **step_record(metrics), "time": _now(), "run": self.run}
         (self.validations if is_validation else self.steps).append(record)
+
+    def log_health(self, layers: Mapping[str, Any], step: int) -> None:
+        self.health.append({"step": step, "layers": layers, "time": _now(), "run": self.run})
 
 
 class RunLog(BaseLogger):
@@ -188,6 +195,14 @@ class RunLog(BaseLogger):
         for member in self.loggers:
             member.log(metrics, step)
 
+    def log_health(self, layers: Mapping[str, Any], curves: Mapping[str, float], step: int) -> None:
+        """All of it to the recorder, the curves to torchtitan's loggers; also at steps that are not logged."""
+        for member in self.loggers:
+            if isinstance(member.behind, RunRecorder):
+                member.attempt(f"at step {step}", member.behind.log_health, layers, step)
+            else:
+                member.log(dict(curves), step)
+
     def close(self) -> None:
         for member in self.loggers:
             member.close()
@@ -211,6 +226,8 @@ def attach(processor: MetricsProcessor, job_config: JobConfig, parallel_dims: Pa
 
     processor.logger = run_log
     processor.should_log = note_and_ask
+    if is_fp8 and (freq := section_of(job_config).health_freq):
+        watch_health(processor, freq, run_log.log_health if recorder is not None else None)
     if is_fp8:
         processor.gpu_peak_flops = math.nan
         if not sys.stdout.isatty():

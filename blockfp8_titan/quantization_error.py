@@ -47,12 +47,9 @@ class TensorHealth:
     def of(cls, tally: Sequence[float]) -> "TensorHealth":
         """Args: tally: as `tally_of` gives it or `add` made it."""
         signal, noise, values, nonzero, flushed, clamped, nonfinite, least, negated_largest = tally
-        if noise:
-            sqnr_db = 10 * math.log10(signal / noise) if signal else -math.inf
-        else:
-            sqnr_db = math.inf if signal else math.nan
+        without_noise = math.inf if signal else math.nan
         return cls(
-            sqnr_db,
+            10 * math.log10(signal / noise) if noise else without_noise,
             flushed / nonzero if nonzero else 0.0,
             clamped / values if values else 0.0,
             least if math.isfinite(least) else math.nan,

@@ -1,0 +1,162 @@
+"""What a run tells about fp8 health: which steps are observed, and what then goes to console, TensorBoard, wandb and health.jsonl."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch.nn as nn
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.tools.logging import logger
+
+from .health import Health, Observation
+from .health_limits import Crossing, Limits, skip_rule, to_toml
+from .quantization_error import TensorHealth
+
+CURVES = "fp8_health"
+_WORST = 3
+_WARNINGS = 8
+"""How many layers a step warns about one by one."""
+
+Publish = Callable[[Mapping[str, Any], Mapping[str, float], int], None]
+"""Takes the layers' health as health.jsonl has it, the curves for TensorBoard and wandb, and the step."""
+
+
+class HealthLog:
+    """Observes steps; all ranks do, with the same `freq`.
+
+    Args:
+        freq: observed are step 1 and the multiples of this. Besides the first of a start, which has no number yet when it begins; it
+            is told about only if it is one of these.
+        model_parts: see `Observation`.
+        publish: of the rank that logs, else None.
+    """
+
+    def __init__(self, freq: int, model_parts: Callable[[], list[nn.Module]], publish: Publish | None) -> None:
+        self.freq = freq
+        self.model_parts = model_parts
+        self.publish = publish
+        self.limits = Limits()
+        self._warned: set[tuple[str, ...]] = set()
+        self._untold: Health = {}
+        self._observation: Observation | None = None
+        self._begin()
+
+    def end_step(self, step: int) -> None:
+        """Call after each step of training, on every rank: collects what was observed, and begins where the next step is due."""
+        if self._observation is not None:
+            self._observation.stop()
+            if self._is_due(step):
+                self._finish(step, self._observation)
+            self._observation = None
+        if self._is_due(step + 1):
+            self._begin()
+
+    def tell(self, step: int, color: Any) -> None:
+        """Write to the console what there is to say, once."""
+        health, self._untold = self._untold, {}
+        if health:
+            logger.info(console_line(health, step, color))
+            self._warn(health, step)
+
+    def _is_due(self, step: int) -> bool:
+        return step == 1 or step % self.freq == 0
+
+    def _begin(self) -> None:
+        self._observation = Observation(self.model_parts)
+        self._observation.start()
+
+    def _finish(self, step: int, observation: Observation) -> None:
+        health = observation.collect()
+        if self.publish is not None and health:
+            self.publish(to_record(health), curves(health), step)
+            self._untold = health
+
+    def _warn(self, health: Health, step: int) -> None:
+        by_layer: dict[str, list[Crossing]] = {}
+        for crossing in self.limits.crossings(health):
+            key = (crossing.fqn, crossing.role, crossing.what)
+            if key not in self._warned:
+                self._warned.add(key)
+                by_layer.setdefault(crossing.fqn, []).append(crossing)
+        for fqn, crossings in list(by_layer.items())[:_WARNINGS]:
+            reasons = "; ".join(crossing.text for crossing in crossings)
+            rule = to_toml(skip_rule(fqn), "blockwise_fp8.rules").replace("\n", "  ")
+            logger.warning(f"fp8 health at step {step}: {fqn}: {reasons}. This rule takes it out of fp8: {rule}")
+        if more := list(by_layer)[_WARNINGS:]:
+            logger.warning(
+                f"fp8 health at step {step}: {len(more)} more layers are beyond a limit: {', '.join(more)}; "
+                "python -m blockfp8_titan.suggest_rules writes rules"
+            )
+
+
+def tensors_of(health: Health) -> Iterator[tuple[str, str, TensorHealth]]:
+    """FQN, "x", "w" or "dy", and the health of each tensor."""
+    return ((fqn, role, tensor) for fqn, tensors in health.items() for role, tensor in tensors.items())
+
+
+def console_line(health: Health, step: int, color: Any) -> str:
+    """The worst layers by the SQNR of their worst tensors, NaN and Inf first, in the style of torchtitan's own line."""
+
+    def badness(found: tuple[str, str, TensorHealth]) -> tuple[int, float]:
+        tensor = found[2]
+        return -tensor.nonfinite, math.inf if math.isnan(tensor.sqnr_db) else tensor.sqnr_db
+
+    worst: dict[str, tuple[str, TensorHealth]] = {}
+    for fqn, role, tensor in sorted(tensors_of(health), key=badness):
+        worst.setdefault(fqn, (role, tensor))
+    parts = [
+        f"{fqn} {role} {tensor.sqnr_db:.1f} dB" + (f", {tensor.nonfinite:,} NaN or Inf" if tensor.nonfinite else "")
+        for fqn, (role, tensor) in list(worst.items())[:_WORST]
+    ]
+    flushed = max(tensor.flushed for *_, tensor in tensors_of(health))
+    return (
+        f"{color.red}step: {step:2}  {color.green}fp8 health, worst SQNR: {';  '.join(parts)}  "
+        f"{color.orange}most flushed to zero: {flushed:.2%}{color.reset}"
+    )
+
+
+def curves(health: Health) -> dict[str, float]:
+    """For TensorBoard and wandb: three numbers of each tensor, and the worst of all layers. What is not finite has no point."""
+    points: dict[str, float] = {}
+    worst: dict[str, float] = {}
+    for fqn, role, tensor in tensors_of(health):
+        for name, worse in (("sqnr_db", min), ("flushed", max), ("clamped", max), ("nonfinite", max)):
+            value = getattr(tensor, name)
+            if math.isfinite(value):
+                if name != "nonfinite":
+                    points[f"{CURVES}/{fqn}/{role}/{name}"] = value
+                key = f"{CURVES}/worst/{role}/{name}"
+                worst[key] = worse(worst.get(key, value), value)
+    return points | worst
+
+
+def to_record(health: Health) -> dict[str, Any]:
+    """As health.jsonl has it: FQN -> tensor -> the fields of `TensorHealth`, to six digits."""
+    record: dict[str, Any] = {}
+    for fqn, role, tensor in tensors_of(health):
+        numbers = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in asdict(tensor).items()}
+        record.setdefault(fqn, {})[role] = numbers
+    return record
+
+
+def watch_health(processor: MetricsProcessor, freq: int, publish: Publish | None) -> None:
+    """Let a metrics processor, of whatever class, observe fp8 health at the end of each step."""
+    log = HealthLog(freq, lambda: getattr(processor, "model_parts", None) or [], publish)
+    should_log, log_step = processor.should_log, processor.log
+
+    @functools.wraps(should_log)
+    def observe_and_ask(step: int) -> bool:
+        is_logged = should_log(step)
+        log.end_step(step)
+        if not is_logged:
+            log.tell(step, processor.color)
+        return is_logged
+
+    @functools.wraps(log_step)
+    def log_and_tell(step: int, *args: Any, **kwargs: Any) -> None:
+        log_step(step, *args, **kwargs)
+        log.tell(step, processor.color)
+
+    processor.should_log, processor.log = observe_and_ask, log_and_tell
