@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from .health import Health, Role
@@ -72,7 +72,7 @@ def skip_rule(fqn: str, reason: str = "") -> dict[str, str]:
     return rule | ({"reason": reason} if reason else {})
 
 
-def to_toml(rule: dict[str, str], table: str = "rules") -> str:
+def to_toml(rule: Mapping[str, str | int], table: str = "rules") -> str:
     """As an entry of an array of tables."""
     # JSON's strings are TOML's, but for DEL, which no name has.
     return "\n".join([f"[[{table}]]", *(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in rule.items())])

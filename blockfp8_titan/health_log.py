@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch.nn as nn
@@ -139,6 +139,17 @@ def to_record(health: Health) -> dict[str, Any]:
         numbers = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in asdict(tensor).items()}
         record.setdefault(fqn, {})[role] = numbers
     return record
+
+
+def from_record(record: Mapping[str, Any]) -> Health:
+    """What `to_record` was of. JSON's null, which stands for infinity too, becomes NaN: no limit is crossed by either."""
+    health: Health = {}
+    for fqn, tensors in record.items():
+        for role, numbers in tensors.items():
+            known = {field.name: numbers[field.name] for field in fields(TensorHealth)}
+            values = {name: math.nan if value is None else value for name, value in known.items()}
+            health.setdefault(fqn, {})[role] = TensorHealth(**values)
+    return health
 
 
 def watch_health(processor: MetricsProcessor, freq: int, publish: Publish | None) -> None:
