@@ -27,13 +27,16 @@ class HealthLog:
     """Observes steps; all ranks do, with the same `freq`.
 
     Args:
-        freq: observed are step 1 and the multiples of this. Besides the first of a start, which has no number yet when it begins; it
-            is told about only if it is one of these.
+        freq: observed are step 1 and the multiples of this.
         model_parts: see `Observation`.
         publish: of the rank that logs, else None.
+        from_start: whether the first step of a start can be observed. It has no number when it begins, so that it always is, and is
+            told about where it is one of these.
     """
 
-    def __init__(self, freq: int, model_parts: Callable[[], list[nn.Module]], publish: Publish | None) -> None:
+    def __init__(
+        self, freq: int, model_parts: Callable[[], list[nn.Module]], publish: Publish | None, *, from_start: bool
+    ) -> None:
         self.freq = freq
         self.model_parts = model_parts
         self.publish = publish
@@ -41,7 +44,8 @@ class HealthLog:
         self._warned: set[tuple[str, ...]] = set()
         self._untold: Health = {}
         self._observation: Observation | None = None
-        self._begin()
+        if from_start:
+            self._begin()
 
     def end_step(self, step: int) -> None:
         """Call after each step of training, on every rank: collects what was observed, and begins where the next step is due."""
@@ -96,15 +100,16 @@ def tensors_of(health: Health) -> Iterator[tuple[str, str, TensorHealth]]:
     return ((fqn, role, tensor) for fqn, tensors in health.items() for role, tensor in tensors.items())
 
 
+def ranking(tensor: TensorHealth) -> tuple[int, float]:
+    """Sorts tensors, the worst first: NaN and Inf, then low SQNR."""
+    return -tensor.nonfinite, math.inf if math.isnan(tensor.sqnr_db) else tensor.sqnr_db
+
+
 def console_line(health: Health, step: int, color: Any) -> str:
     """The worst layers by the SQNR of their worst tensors, NaN and Inf first, in the style of torchtitan's own line."""
 
-    def badness(found: tuple[str, str, TensorHealth]) -> tuple[int, float]:
-        tensor = found[2]
-        return -tensor.nonfinite, math.inf if math.isnan(tensor.sqnr_db) else tensor.sqnr_db
-
     worst: dict[str, tuple[str, TensorHealth]] = {}
-    for fqn, role, tensor in sorted(tensors_of(health), key=badness):
+    for fqn, role, tensor in sorted(tensors_of(health), key=lambda found: ranking(found[2])):
         worst.setdefault(fqn, (role, tensor))
     parts = [
         f"{fqn} {role} {tensor.sqnr_db:.1f} dB" + (f", {tensor.nonfinite:,} NaN or Inf" if tensor.nonfinite else "")
@@ -152,9 +157,14 @@ def from_record(record: Mapping[str, Any]) -> Health:
     return health
 
 
-def watch_health(processor: MetricsProcessor, freq: int, publish: Publish | None) -> None:
-    """Let a metrics processor, of whatever class, observe fp8 health at the end of each step."""
-    log = HealthLog(freq, lambda: getattr(processor, "model_parts", None) or [], publish)
+def watch_health(processor: MetricsProcessor, freq: int, publish: Publish | None, *, pipelined: bool) -> None:
+    """Let a metrics processor, of whatever class, observe fp8 health at the end of each step.
+
+    Args:
+        pipelined: whether there is pipeline parallelism. Its first step also runs the stages on uninitialised memory, forward and
+            backward, to learn what they return.
+    """
+    log = HealthLog(freq, lambda: getattr(processor, "model_parts", None) or [], publish, from_start=not pipelined)
     should_log, log_step = processor.should_log, processor.log
 
     @functools.wraps(should_log)

@@ -3,8 +3,10 @@
 Charts are stretched to the page's width while their labels, which are HTML, keep their size: a phone shows what a monitor does.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Protocol
@@ -36,6 +38,7 @@ figure { margin: 12px 0 0; padding-bottom: 20px; } figcaption { font-weight: 600
 .plot { position: relative; margin: 0 14px 26px 58px; } .plot svg { display: block; width: 100%; height: 100%; overflow: hidden; }
 .plot i { position: absolute; font-style: normal; font-size: 12px; color: #52606d; white-space: nowrap; }
 .plot i.y { right: calc(100% + 6px); transform: translateY(-50%); } .plot i.x { top: calc(100% + 4px); transform: translateX(-50%); }
+.plot.heat { margin-left: 200px; } .plot.heat i { font-size: 11px; }
 .bars { display: grid; grid-template-columns: max-content max-content 1fr; gap: 6px 12px; align-items: center;
   font-size: 14px; }
 .bars .name { overflow-wrap: anywhere; max-width: 280px; } .bars .value { font-variant-numeric: tabular-nums; text-align: right; }
@@ -45,7 +48,7 @@ figure { margin: 12px 0 0; padding-bottom: 20px; } figcaption { font-weight: 600
 @media (max-width: 640px) { body { padding: 16px 12px 48px; font-size: 14px; } h1 { font-size: 22px; }
   table { font-size: 13px; } th, td { padding: 5px 8px; }
   th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: min(34vw, 130px); max-width: 40vw; }
-  .plot { margin-left: 48px; } .plot i.x.minor { display: none; }
+  .plot { margin-left: 48px; } .plot.heat { margin-left: 150px; } .plot.heat i.y { font-size: 9px; } .plot i.x.minor { display: none; }
   .bars { grid-template-columns: 1fr max-content; gap: 2px 12px; } .bars .name { max-width: none; }
   .bars .track { grid-column: 1 / -1; margin-bottom: 8px; } }
 @media print { h2 { break-after: avoid; } figure { break-inside: avoid; } }
@@ -238,6 +241,69 @@ class Bars:
                 f'<div class="track"><b style="width:{bar.value / longest:.2%};background:{bar.color}"></b>{whisker}</div>'
             )
         return f'<figure><figcaption>{escape(self.title)}</figcaption><div class="bars">{"".join(cells)}</div></figure>'
+
+
+HEAT = ("#7f1d1d", "#c2410c", "#f59e0b", "#fcd34d", "#fef9c3", "#dcfce7", "#a7f3d0")
+"""From bad to good."""
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A cell for each row and column, coloured by how high its value is. Many columns share a cell, which shows the lowest."""
+
+    title: str
+    rows: Sequence[tuple[str, Mapping[int, float]]]
+    """Name, and column -> value; a value that is not finite, or missing, leaves its cell grey."""
+    limits: Sequence[float]
+    """Ascending, one less than there are colours: the colour changes at each."""
+    unit: str = ""
+
+    def markdown(self) -> str:
+        return ""
+
+    def html(self) -> str:
+        columns = sorted({column for _, values in self.rows for column in values})
+        if not columns:
+            return ""
+        share = math.ceil(len(columns) / 120)
+        bins = [columns[i : i + share] for i in range(0, len(columns), share)]
+        paths = dict.fromkeys(HEAT, "")
+        for i, (_, values) in enumerate(self.rows):
+            j = 0
+            for color, cells in itertools.groupby(self._color(values, merged) for merged in bins):
+                width = len(list(cells))
+                if color:
+                    paths[color] += f"M{j} {i + 0.5}h{width}"
+                j += width
+        drawn = "".join(f'<path d="{d}" stroke="{color}"/>' for color, d in paths.items() if d)
+        stride = math.ceil(len(self.rows) / 64)
+        labels = [
+            f'<i class="y" style="top:{(i + 0.5) / len(self.rows):.2%}">{escape(name)}</i>'
+            for i, (name, _) in enumerate(self.rows)
+            if i % stride == 0
+        ]
+        every = math.ceil(len(bins) / 10)
+        labels += [
+            f'<i class="x" style="left:{(j + 0.5) / len(bins):.2%}">{merged[0]:,}</i>'
+            for j, merged in enumerate(bins)
+            if j % every == 0
+        ]
+        names = [f"below {number(self.limits[0])}", *(f"from {number(limit)}" for limit in self.limits)]
+        keys = "".join(
+            f'<span><svg viewBox="0 0 26 8"><rect width="26" height="8" fill="{color}"/></svg>{escape(name)}{self.unit}</span>'
+            for color, name in zip(HEAT, names, strict=True)
+        )
+        return (
+            f'<figure><figcaption>{escape(self.title)}</figcaption><div class="legend">{keys}</div><div class="plot heat" '
+            f'style="height:{min(16 * len(self.rows), 960)}px"><svg viewBox="0 0 {len(bins)} {len(self.rows)}" '
+            f'preserveAspectRatio="none" shape-rendering="crispEdges" role="img" aria-label="{escape(self.title)}">'
+            f'<rect width="{len(bins)}" height="{len(self.rows)}" fill="#e4e7eb"/>{drawn}</svg>{"".join(labels)}</div></figure>'
+        )
+
+    def _color(self, values: Mapping[int, float], columns: Sequence[int]) -> str:
+        """Empty where there is nothing to show."""
+        finite = [values[column] for column in columns if math.isfinite(values.get(column, math.nan))]
+        return HEAT[bisect(self.limits, min(finite))] if finite else ""
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""One page about training runs: losses and their gap to bf16, throughput, memory, settings, versions, what was converted.
+"""One page about training runs: losses and their gap to bf16, throughput, memory, fp8 health, settings, versions, what was converted.
 
     python scripts/report.py outputs/demo/bf16 outputs/demo/blockwise_fp8 --out outputs/demo/report
     python scripts/report.py scripts/results/loss_8b_8l_compiled.json scripts/results/e2e_8b.json
@@ -18,16 +18,22 @@ from typing import Any
 
 from launch import ROOT
 from losses import THRESHOLD, gaps, is_close, last_tenth, mean_gap, smoothed
-from page import Bar, Bars, Block, Chart, Heading, Line, Table, Text, to_html, to_markdown
+from page import Bar, Bars, Block, Chart, Heading, HeatMap, Line, Table, Text, to_html, to_markdown
 from runs import COLORS
 from subjects import Group, Subject, flatten, groups_of
 from torchtitan.config import JobConfig
+
+from blockfp8_titan.health_log import ranking, tensors_of
+from blockfp8_titan.quantization_error import TensorHealth
 
 OTHER_COLORS = ("#0e7490", "#be185d", "#a16207", "#4d7c0f")
 DASHES = ("", "7 4", "2 3", "10 3 2 3")
 NEVER_ALIKE = {"job.dump_folder", "job.description", "job.config_file"}
 """Settings that differ between any two runs."""
 NONE = "—"
+ROLES = {"x": "inputs", "w": "weights", "dy": "gradients of outputs"}
+SQNR_LIMITS = (20, 24, 26, 28, 30, 31)
+"""Where the map of fp8 health changes its colour."""
 
 
 def report(groups: Sequence[Group], title: str, threshold: float) -> list[Block]:
@@ -39,7 +45,7 @@ def report(groups: Sequence[Group], title: str, threshold: float) -> list[Block]
         sections = (overview(group, threshold), losses(group, threshold), throughput(group), settings(group))
         blocks += [Heading(2, group.title), *(block for section in sections for block in section)]
     subjects = [subject for group in groups for subject in group.subjects]
-    return blocks + environment(groups) + conversions(subjects)
+    return blocks + health(subjects) + environment(groups) + conversions(subjects)
 
 
 def overview(group: Group, threshold: float) -> list[Block]:
@@ -195,6 +201,50 @@ def conversions(subjects: Sequence[Subject]) -> list[Block]:
         blocks += [Heading(3, ", ".join(names)), Table(header, rows, left=len(header))]
         blocks += [Text(remark) for remark in subject.conversion.remarks()]
     return [Heading(2, "What is in fp8"), *blocks] if blocks else []
+
+
+def health(subjects: Sequence[Subject]) -> list[Block]:
+    """Of each run that recorded fp8 health: a map of layers and steps for each tensor, and the worst layers in numbers."""
+    blocks: list[Block] = []
+    for subject in subjects:
+        if not subject.health:
+            continue
+        blocks.append(Heading(3, subject.name))
+        found: dict[str, dict[str, dict[int, TensorHealth]]] = {role: {} for role in ROLES}
+        for step, layers in sorted(subject.health.items()):
+            for fqn, role, tensor in tensors_of(layers):
+                found[role].setdefault(fqn, {})[step] = tensor
+        for role, layers in found.items():
+            rows = [
+                (fqn, {step: tensor.sqnr_db for step, tensor in by_step.items()}) for fqn, by_step in layers.items()
+            ]
+            if rows:
+                blocks.append(HeatMap(f"SQNR of {ROLES[role]}, by layer and step", rows, SQNR_LIMITS, " dB"))
+        blocks += worst_health(found)
+    return [Heading(2, "fp8 health"), *blocks] if blocks else []
+
+
+def worst_health(found: Mapping[str, Mapping[str, Mapping[int, TensorHealth]]]) -> list[Block]:
+    """The ten layers whose tensors came off worst at any step; NaN and Inf first."""
+    rows = []
+    for role, layers in found.items():
+        for fqn, by_step in layers.items():
+            step = min(by_step, key=lambda step: ranking(by_step[step]))
+            tensors = by_step.values()
+            cells = (fqn, role, f"{step:,}", shown(by_step[step].sqnr_db, ".1f", " dB"))
+            shares = (f"{max(getattr(tensor, name) for tensor in tensors):.2%}" for name in ("flushed", "clamped"))
+            rows.append((ranking(by_step[step]), (*cells, *shares, f"{sum(tensor.nonfinite for tensor in tensors):,}")))
+    rows.sort(key=lambda row: row[0])
+    header = (
+        "worst layers",
+        "tensor",
+        "at step",
+        "SQNR there",
+        "most flushed to zero",
+        "most at the clamp",
+        "NaN or Inf",
+    )
+    return [Table(header, [cells for _, cells in rows[:10]], left=2)]
 
 
 def styles(group: Group) -> dict[str, tuple[str, str]]:

@@ -13,8 +13,10 @@ from runs import BF16, CONVERTERS, TENSORWISE
 
 from blockfp8_titan.conversion import ConversionReport
 from blockfp8_titan.converter import REPORT_FILE
+from blockfp8_titan.health import Health
 from blockfp8_titan.journal import read
 from blockfp8_titan.metrics import METRICS_FILE, RUNS_FILE
+from blockfp8_titan.suggest_rules import read_health
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Subject:
     versions: Mapping[str, str | None] = field(default_factory=dict)
     hardware: Mapping[str, Any] = field(default_factory=dict)
     conversion: ConversionReport | None = None
+    health: Mapping[int, Health] = field(default_factory=dict)
+    """By step."""
     remark: str = ""
 
 
@@ -101,6 +105,7 @@ def of_folder(folder: Path, name: str) -> Subject:
         versions=latest.get("versions", {}),
         hardware={**latest.get("hardware", {}), "processes": latest.get("world_size")},
         conversion=ConversionReport.from_dict(json.loads(report.read_text())) if report.is_file() else None,
+        health=read_health(folder),
         remark=f"started {len(starts)} times, at steps {first_steps}" if len(starts) > 1 else "",
     )
 

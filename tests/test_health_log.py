@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.nn as nn
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 from torchtitan.tools.utils import NoColor
@@ -21,7 +22,9 @@ from blockfp8_titan.metrics import RunLog, RunRecorder
 from blockfp8_titan.quantization_error import TensorHealth
 from blockfp8_titan.rules import load_rules_file
 
+from .conftest import Train
 from .llama import model_of
+from .test_report import Page, make, write_run
 
 GOOD = TensorHealth(31.5, 0.001, 0.01, 1e-4, 2e-4, 0)
 FLUSHED = TensorHealth(22.0, 0.3, 0.01, 2.0**-126, 2e-4, 0)
@@ -63,13 +66,11 @@ def processor(tmp_path: Path):
     run_log = RunLog([processor.kept], RunRecorder(tmp_path, {}), 3, reports_mfu=False)
     should_log = processor.should_log
     processor.should_log = lambda step: run_log.note_step(step) or should_log(step)
-    watch_health(processor, 4, run_log.log_health)
+    watch_health(processor, 4, run_log.log_health, pipelined=False)
     return processor
 
 
 def train_steps(processor: MetricsProcessor, steps: range, size: float = 1.0) -> None:
-    import torch
-
     (linear,) = processor.model_parts[0]
     for step in steps:
         x = torch.randn(24, 144, requires_grad=True)
@@ -182,3 +183,76 @@ def test_rules_quote_what_globs_and_toml_take_for_their_own(tmp_path: Path) -> N
     (tmp_path / "r.toml").write_text(to_toml(rule))
     (placed,) = load_rules_file(str(tmp_path / "r.toml"))
     assert placed.rule.matches_name('a[0]."b"') and not placed.rule.matches_name('a0."b"')
+
+
+def test_the_report_maps_health(tmp_path: Path) -> None:
+    folder = write_log(write_run(tmp_path / "fp8", ["blockwise_fp8"]), health_of(), SICK)
+    html, markdown = make(tmp_path, folder)
+    texts = Page(html).texts
+    for role in ("inputs", "weights", "gradients of outputs"):
+        assert f"SQNR of {role}, by layer and step" in texts
+    table = markdown.split("| worst layers |")[1].splitlines()
+    assert table[2] == "| layers.3.w1 | x | 2 | not finite | 0.10% | 1.00% | 7 |"
+    assert table[3] == "| layers.1.w1 | dy | 2 | 22.0 dB | 30.00% | 1.00% | 0 |"
+    assert "fp8 health" not in make(tmp_path, write_run(tmp_path / "bf16", []))[1]
+
+
+LAYERS = {
+    f"layers.{i}.{name}"
+    for i in range(6)
+    for name in (*(f"attention.w{c}" for c in "qkvo"), *(f"feed_forward.w{c}" for c in "123"))
+}
+
+
+def check_records(folder: Path, steps: list[int]) -> None:
+    """All tensors of all layers, in the health of a run that has just begun."""
+    records = read(folder / "health.jsonl")
+    assert [record["step"] for record in records] == steps
+    for record in records:
+        assert record["layers"].keys() == LAYERS
+        for tensors in record["layers"].values():
+            assert tensors.keys() == {"x", "w", "dy"}
+            for tensor in tensors.values():
+                assert tensor["sqnr_db"] > 29 and tensor["flushed"] < 0.05 and tensor["nonfinite"] == 0
+                assert 0 < tensor["multiplier_min"] <= tensor["multiplier_max"]
+
+
+def test_a_run_records_its_health(train: Train, tmp_path: Path, corpus: Path, capsys) -> None:
+    validation = ("enable", "dataset=c4_test", f"dataset_path={corpus / 'corpus'}", "seq_len=64", "freq=1", "steps=1")
+    options = ["--blockwise_fp8.health_freq=2", *(f"--validation.{key}" for key in validation)]
+    run = train("debug_blockwise_fp8", *options, "--training.global_batch_size=16", steps=3, folder=tmp_path)
+    check_records(run.folder, [1, 2])
+    lines = [line for line in run.log.read_text().splitlines() if "fp8 health" in line]
+    assert len(lines) == 2 and all(line.startswith("[rank0]:") and "worst SQNR: layers." in line for line in lines)
+    assert all("fp8_health" not in json.dumps(record) for record in read(run.folder / "metrics.jsonl"))
+    # Numbers of training do not depend on whether it is watched.
+    quiet = train("debug_blockwise_fp8", "--blockwise_fp8.health_freq=0", "--training.global_batch_size=16", steps=2)
+    assert quiet.losses == run.losses[:2] and quiet.grad_norms == run.grad_norms[:2]
+    assert not (quiet.folder / "health.jsonl").exists()
+    # Its rules keep out of fp8 what they name: here the worst tenth.
+    worst = sorted(
+        min(tensor["sqnr_db"] for tensor in tensors.values())
+        for tensors in read(run.folder / "health.jsonl")[-1]["layers"].values()
+    )
+    limit = f"--sqnr-below={worst[4]}"
+    assert suggest_rules.main([str(run.folder), limit, f"--out={tmp_path / 'rules.toml'}"]) == 0
+    named = {placed.rule.match for placed in load_rules_file(str(tmp_path / "rules.toml"))}
+    assert named and named < LAYERS
+    after = train("debug_blockwise_fp8", f"--blockwise_fp8.rules_file={tmp_path / 'rules.toml'}", steps=1, nproc=1)
+    (record,) = read(after.folder / "health.jsonl")
+    assert record["layers"].keys() == LAYERS - named
+
+
+@pytest.mark.parametrize(
+    ("overrides", "step"),
+    [
+        # Its first step is not observed.
+        (("--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_schedule=1F1B"), 2),
+        (("--parallelism.tensor_parallel_degree=2", "--activation_checkpoint.mode=full"), 1),
+        (("--parallelism.data_parallel_replicate_degree=2", "--parallelism.data_parallel_shard_degree=1"), 1),
+    ],
+    ids=["PP", "TP, full AC", "DDP"],
+)
+def test_all_layers_of_a_parallel_run_are_recorded(train: Train, overrides: tuple[str, ...], step: int) -> None:
+    run = train("debug_blockwise_fp8", "--blockwise_fp8.health_freq=2", *overrides, steps=step)
+    check_records(run.folder, [step])

@@ -267,6 +267,22 @@ def test_bars_have_the_length_of_their_values() -> None:
     assert "width:50.00%" in html and "width:100.00%" in html and "left:45.00%;width:10.00%" in html
 
 
+def test_a_heat_map_has_a_cell_for_each_row_and_column() -> None:
+    rows = [("<a>", {1: 10.0, 5: 10.0, 9: 35.0}), ("b", {5: 29.0, 9: math.nan})]
+    html = page.HeatMap("t", rows, (20, 24, 26, 28, 30, 31), " dB").html()
+    assert 'viewBox="0 0 3 2"' in html and "&lt;a&gt;" in html and "below 20 dB" in html and "from 31 dB" in html
+    cells = {color: path for path, color in re.findall(r'<path d="([^"]+)" stroke="([^"]+)"', html)}
+    # What is missing or not finite stays grey.
+    assert cells == {page.HEAT[0]: "M0 0.5h2", page.HEAT[-1]: "M2 0.5h1", page.HEAT[4]: "M1 1.5h1"}
+    assert page.HeatMap("t", [], (20, 24, 26, 28, 30, 31)).html() == ""
+
+
+def test_many_columns_share_cells_that_show_the_lowest() -> None:
+    values = {step: 35.0 for step in range(1000)} | {500: 1.0}
+    html = page.HeatMap("t", [("a", values)], (20, 24, 26, 28, 30, 31)).html()
+    assert 'viewBox="0 0 112 1"' in html and f'<path d="M55 0.5h1" stroke="{page.HEAT[0]}"' in html
+
+
 def test_cells_are_escaped() -> None:
     table = page.Table(("a", "b"), [("<x>", "p|q")])
     assert "&lt;x&gt;" in table.html() and "p\\|q" in table.markdown()
