@@ -59,7 +59,7 @@ def check_compiled(*, fp8: bool) -> None:
     """Compiled and recomputed blocks beside eager ones."""
     tallies = []
     for compiled in (False, True):
-        model = Model()
+        model = Model(blocks=1)
         if compiled:
             for name, block in list(model.layers.named_children()):
                 block = torch.compile(checkpoint_wrapper(block, preserve_rng_state=False), backend="aot_eager")
@@ -73,7 +73,7 @@ def check_compiled(*, fp8: bool) -> None:
             observation.stop()
         tallies.append(observation._tallies)
     eager, compiled = tallies
-    assert len(eager) == 4 * 3 and eager.keys() == compiled.keys()
+    assert len(eager) == 2 * 3 and eager.keys() == compiled.keys()
     for key, tally in eager.items():
         assert torch.allclose(compiled[key], tally, rtol=1e-9, atol=0), key
 

@@ -63,6 +63,7 @@ def test_overrides(read):
         "--blockwise_fp8.fp8_all_gather=false",
         "--blockwise_fp8.fuse=off",
         "--blockwise_fp8.ac_save=none",
+        "--blockwise_fp8.health_freq=50",
         "--blockwise_fp8.rules.0.match=layers.0.*",
         "--blockwise_fp8.rules.1.wgrad=None",
         "--blockwise_fp8.rules.1.min_in_features=16",
@@ -70,7 +71,7 @@ def test_overrides(read):
     ).blockwise_fp8
     assert section.recipe() == Recipe("reference", "bf16", "pow2")
     assert section.fp8_all_gather is False
-    assert (section.fuse, section.ac_save) == ("off", "none")
+    assert (section.fuse, section.ac_save, section.health_freq) == ("off", "none", 50)
     assert section.rules == [Rule("layers.0.*", "skip"), Rule("layers.*.feed_forward.*", min_in_features=16)]
     assert [placed.origin for placed in section.all_rules()] == ["skip_kv.toml rule 1", "rule 1", "rule 2"]
 
@@ -112,6 +113,9 @@ def test_a_bad_override_ends_the_run_with_its_name(read, capsys, override, messa
     [
         ("wgrad = 'fp4'", r"^\[blockwise_fp8\] wgrad = 'fp4': must be one of 'fp8', 'bf16'"),
         ("gemm_backend = 1", r"^\[blockwise_fp8\] gemm_backend = 1: must be one of 'auto'"),
+        ("health_freq = -1", r"^\[blockwise_fp8\] health_freq = -1: must be a number of steps, or 0 for never"),
+        ("health_freq = true", r"^\[blockwise_fp8\] health_freq = True: must be a number of steps"),
+        ('health_freq = "often"', r"^\[blockwise_fp8\] health_freq = 'often': must be a number of steps"),
         ("cache_weight = 1", r"^\[blockwise_fp8\] cache_weight = 1: must be true or false"),
         ("fp8_all_gather = 'no'", r"^\[blockwise_fp8\] fp8_all_gather = 'no': must be true or false"),
         ("fuse = true", r"^\[blockwise_fp8\] fuse = True: must be one of 'auto', 'off'"),
