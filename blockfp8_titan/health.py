@@ -11,7 +11,7 @@ what is there, and what our GEMMs multiply is written by our ops or, of weights 
 where they are.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,6 +31,9 @@ Role = Literal["x", "w", "dy"]
 
 Health = dict[str, dict[Role, TensorHealth]]
 """FQN -> tensor -> its health."""
+
+Tallies = dict[tuple[str, Role], list[float]]
+"""As `quantization_error.tallies_of` gives them, of one process."""
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
@@ -61,6 +64,7 @@ class Observation:
         self._made: dict[int, Tensor | _Payload] = {}
         """Address of a payload -> its tally, or the weight that it is of."""
         self._tallies: dict[tuple[str, Role], Tensor] = {}
+        self._out_of_memory = False
 
     def start(self) -> None:
         # What was quantised before nobody saw.
@@ -71,18 +75,30 @@ class Observation:
         observe(None)
 
     def collect(self) -> Health:
-        """What was measured, on all ranks together: call on every rank. Waits for the device."""
-        tallies: dict[tuple[str, Role], list[float]] = {}
+        """What was measured, on all ranks together: call on every rank. Waits for the device.
+
+        Raises:
+            torch.OutOfMemoryError: there was no memory to measure in, on some rank; on every rank. The step itself went on.
+        """
+        tallies: Tallies = {}
         if self._tallies:
             numbers = torch.stack(list(self._tallies.values())).tolist()
             tallies = dict(zip(self._tallies, numbers, strict=True))
         health: Health = {}
-        for (fqn, role), tally in _of_all_ranks(tallies).items():
+        for (fqn, role), tally in _of_all_ranks(None if self._out_of_memory else tallies).items():
             health.setdefault(fqn, {})[role] = TensorHealth.of(tally)
         return health
 
     @torch.no_grad()
     def _see(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        try:
+            self._measure(name, args, result)
+        except torch.OutOfMemoryError:
+            # The step had room for itself; that it is watched must not end it.
+            self.stop()
+            self._out_of_memory = True
+
+    def _measure(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         if not self._names:
             self._find_linears()
         outs: Sequence[Tensor] = [result] if isinstance(result, Tensor) else result
@@ -179,12 +195,14 @@ class Observation:
         return linear
 
 
-def _of_all_ranks(tallies: Mapping[tuple[str, Role], list[float]]) -> Mapping[tuple[str, Role], list[float]]:
+def _of_all_ranks(tallies: Tallies | None) -> Tallies:
     """Tallies of all processes, added up by name. Tensors that several ranks hold count as often, each alike."""
-    if not dist.is_initialized() or dist.get_world_size() == 1 or dist.get_backend() == "fake":
-        return tallies
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, tallies)
+    everyones: list[Any] = [tallies]
+    if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake":
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, tallies)
+    if None in everyones:
+        raise torch.OutOfMemoryError(f"no memory to measure fp8 health in, on rank {everyones.index(None)}")
     merged: dict[tuple[str, Role], Tensor] = {}
     for rank in everyones:
         for key, numbers in rank.items():

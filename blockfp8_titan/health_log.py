@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.tools.logging import logger
@@ -72,7 +73,12 @@ class HealthLog:
         self._observation.start()
 
     def _finish(self, step: int, observation: Observation) -> None:
-        health = observation.collect()
+        try:
+            health = observation.collect()
+        except torch.OutOfMemoryError as error:
+            if self.publish is not None:
+                logger.warning(f"fp8 health of step {step}: {error}; [blockwise_fp8] health_freq = 0 turns it off")
+            return
         if self.publish is not None and health:
             self.publish(to_record(health), curves(health), step)
             self._untold = health

@@ -223,6 +223,22 @@ def test_nothing_is_observed_afterwards_and_numbers_stay_what_they_were():
     assert observation.collect() == {}
 
 
+def test_a_step_goes_on_where_there_is_no_memory_to_measure_in(monkeypatch):
+    made, _ = model("auto")
+    tokens = tokens_for(made)
+    truth = step(made, tokens)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("blockfp8_titan.health.tallies_of", fail)
+    values = {}
+    observation = observed(made, lambda: values.update(step(made, tokens)))
+    assert all(torch.equal(truth[name], values[name]) for name in truth)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory to measure fp8 health in, on rank 0"):
+        observation.collect()
+
+
 def test_under_fsdp2():
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.sharded_health"],

@@ -114,6 +114,19 @@ def test_a_layer_beyond_a_limit_is_warned_of_once_with_its_rule(processor, caplo
     assert '[[blockwise_fp8.rules]]  match = "layers.0.w1"  action = "skip"' in warnings[0]
 
 
+def test_a_step_that_could_not_be_measured_is_told_of(processor, tmp_path: Path, caplog, monkeypatch) -> None:
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("blockfp8_titan.health.tallies_of", fail)
+        train_steps(processor, range(1, 3))
+    train_steps(processor, range(3, 5))
+    (warning,) = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "fp8 health of step 1: no memory" in warning and "health_freq = 0" in warning
+    assert [record["step"] for record in read(tmp_path / "health.jsonl")] == [4]
+
+
 def test_curves_and_records() -> None:
     points = curves(SICK)
     assert points["fp8_health/layers.1.w1/dy/sqnr_db"] == points["fp8_health/worst/dy/sqnr_db"] == 22
