@@ -113,7 +113,6 @@ def ranking(tensor: TensorHealth) -> tuple[int, float]:
 
 def console_line(health: Health, step: int, color: Any) -> str:
     """The worst layers by the SQNR of their worst tensors, NaN and Inf first, in the style of torchtitan's own line."""
-
     worst: dict[str, tuple[str, TensorHealth]] = {}
     for fqn, role, tensor in sorted(tensors_of(health), key=lambda found: ranking(found[2])):
         worst.setdefault(fqn, (role, tensor))

@@ -62,15 +62,19 @@ def rules_file_of(folder: Path) -> str:
     return starts[-1].get("config", {}).get("blockwise_fp8", {}).get("rules_file", "") if starts else ""
 
 
-def own_rules(rules_file: str) -> list[dict[str, Any]]:
-    """The rules of a file or preset, as tables.
+def own_rules(rules_file: str, folder: Path) -> list[dict[str, Any]]:
+    """The rules of a run's file or preset, as tables.
 
     Raises:
-        ValueError: see `load_rules_file`.
+        ValueError: it cannot be read any more; names the run.
     """
     default = Rule(match="*")
     tables = []
-    for placed in load_rules_file(rules_file):
+    try:
+        placed_rules = load_rules_file(rules_file)
+    except ValueError as error:
+        raise ValueError(f"{folder}: the run's {error}; its rules belong behind the new ones") from error
+    for placed in placed_rules:
         values = {field.name: getattr(placed.rule, field.name) for field in fields(Rule)}
         tables.append({k: v for k, v in values.items() if k in ("match", "action") or v != getattr(default, k)})
     return tables
@@ -102,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         rules = suggest(steps.values(), limits)
         before = rules_file_of(args.run)
-        kept = own_rules(before) if rules and before else []
+        kept = own_rules(before, args.run) if rules and before else []
     except ValueError as error:
         parser.error(str(error))
     about = f"{args.run}, steps {min(steps)} to {max(steps)}, {len(steps)} observed"

@@ -18,7 +18,7 @@ from torch.torch_version import TorchVersion
 from blockfp8_titan import reference
 from blockfp8_titan.converter import FIRST_TORCH_WITHOUT_COMPILED_TP
 from blockfp8_titan.journal import read
-from blockfp8_titan.metrics import METRICS_FILE, RUNS_FILE, VALIDATION_FILE
+from blockfp8_titan.metrics import HEALTH_FILE, METRICS_FILE, RUNS_FILE, VALIDATION_FILE
 
 from .conftest import Run, Train
 from .data import bits
@@ -199,6 +199,13 @@ def test_compiled_blocks(train: Train, fp8: Run, mode: str) -> None:
     )
     # Fused arithmetic keeps intermediate results in fp32 that eager rounds to bf16.
     assert largest_gap(compiled, fp8) < 0.005
+    (health,), (eager,) = (read(run.folder / HEALTH_FILE) for run in (compiled, fp8))
+    assert health["layers"].keys() == eager["layers"].keys() and len(eager["layers"]) == 42
+    for fqn, tensors in eager["layers"].items():
+        found = [health["layers"][fqn][role]["sqnr_db"] for role in tensors]
+        assert len(found) == 3 and found == pytest.approx(
+            [tensor["sqnr_db"] for tensor in tensors.values()], rel=0.01
+        ), fqn
 
 
 def test_unfused(train: Train, fp8: Run) -> None:
