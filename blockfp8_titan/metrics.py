@@ -134,14 +134,24 @@ class RunRecorder(BaseLogger):
         self.validations = Journal(folder / VALIDATION_FILE)
         self.runs = Journal(folder / RUNS_FILE)
         self.about = about
+        self.first_step: int | None = None
+        self.has_begun = False
 
     def begin(self, first_step: int) -> None:
         """Call before the first record: what earlier runs logged from this step on is superseded."""
+        self.first_step = first_step
+        self._begin()
+
+    def _begin(self) -> None:
+        assert self.first_step is not None
         for journal in (self.steps, self.validations):
-            journal.supersede_from(first_step)
-        self.runs.append({"run": self.run, "time": _now(), "first_step": first_step, **self.about})
+            journal.supersede_from(self.first_step)
+        self.runs.append({"run": self.run, "time": _now(), "first_step": self.first_step, **self.about})
+        self.has_begun = True
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
+        if not self.has_begun:  # it failed: without it, steps would be there twice
+            self._begin()
         is_validation = any(key.startswith(VALIDATION) for key in metrics)
         record = {"step": step, **step_record(metrics), "time": _now(), "run": self.run}
         (self.validations if is_validation else self.steps).append(record)

@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -46,7 +47,7 @@ from blockfp8_titan import journal
 from blockfp8_titan.metrics import METRICS_FILE
 
 TIMEOUT = 900
-CODE = ("blockfp8_titan/**/*.py", "scripts/variants.py")
+CODE = ("blockfp8_titan/**/*.py", "configs/rules/*.toml", "scripts/launch.py", "scripts/variants.py")
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def key_of(arm: Arm, args: argparse.Namespace, code: str) -> str:
         "nproc": args.nproc,
         "skip": args.skip,
         "cold": args.cold,
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF"),
         "code": code,
         "versions": versions(),
         "gpus": hardware().get("gpus"),
