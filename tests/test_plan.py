@@ -139,7 +139,7 @@ def test_an_error_is_one_message(capsys, args, message):
         (
             "[blockwise_fp8]",
             "[validation]\nsteps = 'abc'\n[blockwise_fp8]",
-            "[validation] steps = 'abc': must be an integer",
+            "Validation cannot be made of {'steps': 'abc'}: ",
         ),
         ("hf_assets_path = ", "hf_assets_path = [1] # ", "[model] hf_assets_path = [1]: must be "),
         ("steps = 80", "dtype = 'float16'", "[training] dtype = 'float16': must be one of 'bfloat16', 'float32'"),
