@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -15,24 +14,25 @@ Quantized = tuple[Tensor, Tensor]
 """Payload and multipliers."""
 
 
-@dataclass(eq=False)
 class QuantizedInput:
     """An activation [..., K] in fp8, M tokens in all; passes from a module that quantises to the linears that multiply.
 
     A plain object, not a tensor: nothing but a BlockwiseFP8Linear can compute with it, and modules in between may only read its
-    shape.
+    shape. Not a dataclass either: FSDP2 goes into those to cast the tensors that a module receives, payloads too.
+
+    Args:
+        carrier: [..., K]: has the activation's shape and dtype and its place in autograd's graph, which dx flows into. Not its
+            values.
+        rows: as `ops.quantize_1x128` of [M, K]: what y is computed from.
+        columns: as `ops.quantize_1x128_columns` of [M, K]: what dw is computed from; None where no gradient was asked for.
+        scale_format: of both.
     """
 
-    carrier: Tensor
-    """[..., K]: has the activation's shape and dtype and its place in autograd's graph, which dx flows into. Not its values."""
-
-    rows: Quantized
-    """As `ops.quantize_1x128` of [M, K]: what y is computed from."""
-
-    columns: Quantized | None
-    """As `ops.quantize_1x128_columns` of [M, K]: what dw is computed from; None where no gradient was asked for."""
-
-    scale_format: ScaleFormat
+    def __init__(self, carrier: Tensor, rows: Quantized, columns: Quantized | None, scale_format: ScaleFormat) -> None:
+        self.carrier = carrier
+        self.rows = rows
+        self.columns = columns
+        self.scale_format = scale_format
 
     @property
     def shape(self) -> torch.Size:
@@ -44,9 +44,6 @@ class QuantizedInput:
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.carrier.shape if dim is None else self.carrier.shape[dim]
-
-    def dim(self) -> int:
-        return self.carrier.dim()
 
     def columns_for_dw(self) -> Quantized:
         """Raises RuntimeError where there are none."""
@@ -85,8 +82,11 @@ def quantize_input(x: Tensor, recipe: Recipe, *, columns: bool, columns_apart: b
     return QuantizedInput(x, quantized[:2], quantized[2:] or None, recipe.scale_format)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches a module's inputs, outputs or gradients: a fused neighbour would not show them the tensors they know."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def alteration(module: nn.Module) -> str:
+    """What somebody has put on a module that a fused neighbour would not respect; empty where there is nothing.
+
+    Hooks would not see the tensors that they know, and a forward that stands before the class's would not be called.
+    """
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "hooks"
+    return "a forward of its own" if "forward" in module.__dict__ else ""

@@ -205,7 +205,9 @@ class BlockwiseFP8Converter:
             logger.info(f"Blockwise fp8 conversion of {name} {flavor}:\n{report.to_table()}\n{self.banner()}")
             folder = Path(self.job_config.job.dump_folder)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+            written = folder / f"{REPORT_FILE}.part"
+            written.write_text(report.to_json(), encoding="utf-8")
+            written.replace(folder / REPORT_FILE)  # at once: a reader finds a whole one
 
     def banner(self) -> str:
         """Who computes, on what and with which versions; below the report, which says what is converted and what falls back."""

@@ -33,9 +33,9 @@ def hardware() -> dict[str, object]:
         found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         query = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
         try:
-            text = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+            text = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
             found["driver"], found["power_limit"] = text.splitlines()[0].split(", ")
-        except (OSError, subprocess.CalledProcessError, IndexError):
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
             found["driver"] = None
     return found
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from . import ops
-from .activation import QuantizedInput, carrier_like, has_hooks, quantize_input
+from .activation import QuantizedInput, alteration, carrier_like, quantize_input
 from .autograd import KnownWeight, output_dtype, refuse_double_backward, shares_weights
 from .linear import BlockwiseFP8Linear
 from .recipe import Recipe
@@ -47,6 +47,10 @@ class GatedFeedForward(nn.Module):
             return super().forward(x)
         return down(gated_half(x, gate, up, down))
 
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        # Pickle finds classes by name, and this one was made for its original.
+        return _new_fused, (type(self).original,), *super().__reduce_ex__(protocol)[2:]
+
 
 def obstacle(gate: Member, down: Member, up: Member) -> str:
     """Why a feed-forward with these members cannot be fused; empty where it can."""
@@ -55,8 +59,8 @@ def obstacle(gate: Member, down: Member, up: Member) -> str:
             return f"{name} is not in fp8"
         if recipe.wgrad != "fp8":
             return f"{name} has wgrad = {recipe.wgrad!r}"
-        if has_hooks(linear):
-            return f"{name} has hooks"
+        if altered := alteration(linear):
+            return f"{name} has {altered}"
         if isinstance(linear.weight, DTensor):
             return f"{name} has a sharded weight"
     for name, (linear, _) in (("w1", gate), ("w3", up)):
@@ -172,4 +176,10 @@ def fuse_feed_forward(module: nn.Module) -> None:
 
 @cache
 def _fused(original: type[nn.Module]) -> type[nn.Module]:
-    return type(original.__name__, (GatedFeedForward, original), {"__doc__": original.__doc__})
+    return type(original.__name__, (GatedFeedForward, original), {"__doc__": original.__doc__, "original": original})
+
+
+def _new_fused(original: type[nn.Module]) -> nn.Module:
+    """An uninitialised module, for pickle and copy to fill."""
+    fused = _fused(original)
+    return fused.__new__(fused)

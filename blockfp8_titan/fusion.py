@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch.nn as nn
 
-from .activation import has_hooks
+from .activation import alteration
 from .feed_forward import Member, fuse_feed_forward, obstacle
 from .fqns import collapse
 from .norm import quantize_output_of
@@ -108,7 +108,7 @@ def _plan_norm(
         n: linear for n in CONSUMERS[_class_name(consumer)] if (linear := getattr(consumer, n, None)) is not None
     }
     fqns = tuple(_join(block_fqn, into, n) for n in linears)
-    reason = _norm_obstacle(norm) or _consumer_obstacle(consumer, into)
+    reason = _norm_obstacle(norm) or _alteration_of(consumer, into)
     if not reason and names[norm] > 1:
         reason = "the model holds it under two names"
     if not reason:
@@ -123,20 +123,19 @@ def _norm_obstacle(norm: nn.Module | None) -> str:
         return "it has no weight"
     if norm.eps is None:
         return "its eps depends on its input's dtype"
-    return _consumer_obstacle(norm, "it")
+    return _alteration_of(norm, "it")
 
 
-def _consumer_obstacle(module: nn.Module, name: str) -> str:
-    if has_hooks(module):
-        return f"{name} has hooks"
-    # Somebody's own forward, put over that of the class.
-    return f"{name} has a forward of its own" if "forward" in vars(module) else ""
+def _alteration_of(module: nn.Module, name: str) -> str:
+    return f"{name} has {altered}" if (altered := alteration(module)) else ""
 
 
 def _linears_obstacle(norm: nn.RMSNorm, linears: Mapping[str, nn.Module], recipes: list[Recipe | None]) -> str:
     for (name, linear), recipe in zip(linears.items(), recipes, strict=True):
         if recipe is None:
             return f"{name} is not in fp8"
+        if altered := _alteration_of(linear, name):
+            return altered
         if recipe.wgrad != "fp8":
             return f"{name} has wgrad = {recipe.wgrad!r}"
         if not recipe.quantizes_like(recipes[0]):
@@ -150,7 +149,7 @@ def _linears_obstacle(norm: nn.RMSNorm, linears: Mapping[str, nn.Module], recipe
 
 def _plan_feed_forward(module: nn.Module, fqn: str, recipes: Mapping[str, Recipe]) -> Fusion:
     gate, down, up = (Member(getattr(module, name), recipes.get(_join(fqn, name))) for name in ("w1", "w2", "w3"))
-    reason = _consumer_obstacle(module, "it") or obstacle(gate, down, up)
+    reason = _alteration_of(module, "it") or obstacle(gate, down, up)
     return Fusion(fqn, "feed_forward", tuple(_join(fqn, n) for n in ("w1", "w3", "w2")), not reason, reason)
 
 

@@ -32,7 +32,8 @@ class Journal:
     def supersede_from(self, step: int) -> None:
         """Move records whose "step" is this one or later to NAME.superseded.jsonl, as they are.
 
-        What is kept replaces the file at once: killed in between, the process leaves the old file or the new one.
+        What is kept replaces the file at once: killed in between, the process leaves the old file or the new one. In the first case
+        the records may be in the other file already, and come there twice.
         """
         if not self.path.exists():
             return
@@ -40,7 +41,8 @@ class Journal:
         for line in _lines(self.path):
             record = _parse(line)
             if record is not None:
-                (superseded if record.get("step", -1) >= step else kept).append(line)
+                is_later = isinstance(found := record.get("step"), int) and found >= step
+                (superseded if is_later else kept).append(line)
         if not superseded:
             return
         Journal(self.path.with_suffix(".superseded.jsonl"))._append_lines(superseded)

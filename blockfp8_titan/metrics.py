@@ -138,19 +138,32 @@ class RunRecorder(BaseLogger):
         self.health = Journal(folder / HEALTH_FILE)
         self.runs = Journal(folder / RUNS_FILE)
         self.about = about
+        self.first_step: int | None = None
+        self.has_begun = False
 
     def begin(self, first_step: int) -> None:
         """Call before the first record: what earlier runs logged from this step on is superseded."""
+        self.first_step = first_step
+        self._begin()
+
+    def _begin(self) -> None:
+        """Again before each record until it succeeds: without it, steps would be there twice."""
+        if self.has_begun:
+            return
+        assert self.first_step is not None
         for journal in (self.steps, self.validations, self.health):
-            journal.supersede_from(first_step)
-        self.runs.append({"run": self.run, "time": _now(), "first_step": first_step, **self.about})
+            journal.supersede_from(self.first_step)
+        self.runs.append({"run": self.run, "time": _now(), "first_step": self.first_step, **self.about})
+        self.has_begun = True
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
+        self._begin()
         is_validation = any(key.startswith(VALIDATION) for key in metrics)
         record = {"step": step, **step_record(metrics), "time": _now(), "run": self.run}
         (self.validations if is_validation else self.steps).append(record)
 
     def log_health(self, layers: Mapping[str, Any], step: int) -> None:
+        self._begin()
         self.health.append({"step": step, "layers": layers, "time": _now(), "run": self.run})
 
 

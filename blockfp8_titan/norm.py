@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from . import ops
-from .activation import QuantizedInput, carrier_like, has_hooks
+from .activation import QuantizedInput, alteration, carrier_like
 from .autograd import refuse_double_backward
 from .recipe import Recipe
 from .recomputation import Recomputation
@@ -32,7 +32,7 @@ class QuantizingRMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor | QuantizedInput:
         weight = self.weight
-        if isinstance(x, DTensor) or isinstance(weight, DTensor) or x.dtype != weight.dtype or has_hooks(self):
+        if isinstance(x, DTensor) or isinstance(weight, DTensor) or x.dtype != weight.dtype or alteration(self):
             return super().forward(x)
         columns = torch.is_grad_enabled()
         with torch.no_grad():

@@ -53,7 +53,14 @@ class _CheckedConfigManager(ConfigManager):
                 f"unknown section [{NAME}]: set job.custom_config_module = {CONFIG_MODULE!r}, which brings it"
             )
         check_keys(cls, data)
-        return super()._dict_to_dataclass(cls, data)
+        try:
+            return super()._dict_to_dataclass(cls, data)
+        except TypeError as error:  # a section that looks at its values before anyone checked their types
+            raise ValueError(f"{cls.__name__} cannot be made of {data}: {error}") from error
+
+    def _validate_config(self) -> None:
+        check_values(self.config)
+        super()._validate_config()
 
 
 def read_job_config(args: list[str]) -> JobConfig:
@@ -64,7 +71,6 @@ def read_job_config(args: list[str]) -> JobConfig:
     """
     try:
         job_config = _CheckedConfigManager().parse_args(args)
-        check_values(job_config)
     except (ValueError, AssertionError) as error:  # torchtitan asserts where it checks values
         raise ValueError(f"the job's config is wrong: {error}") from error
     custom_import = job_config.experimental.custom_import

@@ -28,13 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import bench_kernels
 import gpu_trace
 import torch
 import torch.nn as nn
-from bench_kernels import FORWARD, WGRAD, Budget, GemmOperands, Kind, Shape
+from bench_kernels import Budget, measure
+from candidates import GEMMS, GemmOperands
 from measure import CudaTimer, Timer, fp8_gpu, interleave, reason, spread, table
 from provenance import ROOT, provenance
+from shapes import FORWARD, WGRAD, Kind, Shape
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchtitan.models.llama3 import llama3_args
@@ -172,7 +173,7 @@ def _torchao_blockwise(module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Converter:
-    """How a module is converted in place, and whose GEMMs in `bench_kernels.GEMMS` bound its speed; dw: the kind of its dw GEMM."""
+    """How a module is converted in place, and whose GEMMs in `candidates.GEMMS` bound its speed; dw: the kind of its dw GEMM."""
 
     convert: Callable[[nn.Module], None]
     roof: str
@@ -321,16 +322,14 @@ def measure_roofs(
     device: torch.device,
     seconds: float,
 ) -> Roofs:
-    """µs of each GEMM by contender of `bench_kernels.GEMMS`; those that cannot run or are wrong are left out."""
-    contenders = [contender for contender in bench_kernels.GEMMS if contender.name in names]
+    """µs of each GEMM by contender of `candidates.GEMMS`; those that cannot run or are wrong are left out."""
+    contenders = [contender for contender in GEMMS if contender.name in names]
     distinct = list(dict.fromkeys(gemms))
     roofs: Roofs = {}
     for gemm in distinct:
         operands = GemmOperands(Shape(*gemm, ("roof",)), device)
         budget = Budget(seconds / len(distinct))
-        records = bench_kernels.measure(
-            *(contenders, operands, timer, budget, budget.left), work=None, base=BF16, copy_gbps=None
-        )
+        records = measure(*(contenders, operands, timer, budget, budget.left), work=None, base=BF16, copy_gbps=None)
         roofs[gemm] = {name: record["us"] for name, record in records.items() if "us" in record and not record["wrong"]}
     return roofs
 

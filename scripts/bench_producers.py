@@ -20,21 +20,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_kernels import (
-    MODELS,
-    QUANTIZE_BOUND,
-    SUITES,
-    Bench,
-    Budget,
-    Candidate,
-    Contender,
-    Shape,
-    measure,
-    multiprocessor_limits,
-    resources,
-)
+from bench_kernels import Bench, Budget, measure
+from candidates import QUANTIZE_BOUND, Candidate, Contender
+from kernel_tables import multiprocessor_limits, resources
 from measure import CudaTimer, Timer, fp8_gpu, table
 from provenance import ROOT, provenance
+from shapes import MODELS, SUITES, Shape
 from torch import Tensor
 
 from blockfp8_titan import ops, reference

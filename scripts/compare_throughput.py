@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -42,8 +43,11 @@ from runs import (
 )
 from tqdm import tqdm
 
+from blockfp8_titan import journal
+from blockfp8_titan.metrics import METRICS_FILE
+
 TIMEOUT = 900
-CODE = ("blockfp8_titan/**/*.py", "scripts/variants.py")
+CODE = ("blockfp8_titan/**/*.py", "configs/rules/*.toml", "scripts/launch.py", "scripts/variants.py")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Speed:
     """What one run showed.
 
     tps: median tokens per second and process over the logged intervals after the first steps; tps_spread: their (90th - 10th
-    percentile) / median. memory: peak of a process in GiB, first steps included. loss: of the last step. first_step: seconds from
+    percentile) / median. memory: peak of a process in GiB, first steps included; active: that of its tensors, without what the
+    allocator holds besides (None in results from before it was recorded). loss: of the last step. first_step: seconds from
     the start of training to the end of step 1, compilation included; startup: from the launch of the processes to there.
     """
 
@@ -61,6 +66,7 @@ class Speed:
     loss: float
     first_step: float | None
     startup: float
+    active: float | None = None
 
 
 def measured(steps: Sequence[Step], skip: int) -> list[Step]:
@@ -68,7 +74,9 @@ def measured(steps: Sequence[Step], skip: int) -> list[Step]:
     return [step for before, step in itertools.pairwise(steps) if before.step >= skip]
 
 
-def speed_of(steps: Sequence[Step], skip: int, first_step: float | None, startup: float) -> Speed:
+def speed_of(
+    steps: Sequence[Step], skip: int, first_step: float | None, startup: float, active: float | None = None
+) -> Speed:
     tps = [step.tps for step in measured(steps, skip)]
     return Speed(
         tps=statistics.median(tps),
@@ -77,7 +85,14 @@ def speed_of(steps: Sequence[Step], skip: int, first_step: float | None, startup
         loss=steps[-1].loss,
         first_step=first_step,
         startup=startup,
+        active=active,
     )
+
+
+def peak_of_tensors(folder: Path) -> float | None:
+    """The most GiB of tensors that a run's rank 0 recorded; None where it recorded nothing."""
+    records = journal.read(folder / METRICS_FILE)
+    return max((record["active_gib"] for record in records if record.get("active_gib") is not None), default=None)
 
 
 # Which runs are the same
@@ -100,6 +115,7 @@ def key_of(arm: Arm, args: argparse.Namespace, code: str) -> str:
         "nproc": args.nproc,
         "skip": args.skip,
         "cold": args.cold,
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF"),
         "code": code,
         "versions": versions(),
         "gpus": hardware().get("gpus"),
@@ -163,10 +179,12 @@ def summarise(runs: Sequence[Run], arms: Sequence[Arm]) -> list[dict[str, Any]]:
         if done:
             for field in ("tps", "tps_spread", "memory", "loss", "startup"):
                 row[field] = statistics.median(getattr(speed, field) for speed in done)
+            active = [speed.active for speed in done if speed.active is not None]
+            row["active"] = statistics.median(active) if active else None
             first_steps = [speed.first_step for speed in done if speed.first_step is not None]
             row["first_step"] = statistics.median(first_steps) if first_steps else None
             base = [run for run in runs if (run.group, run.arm) == (arm.group, BF16)]
-            for field in ("tps", "memory", "loss", "first_step"):
+            for field in ("tps", "memory", "active", "loss", "first_step"):
                 if found := ratios(of_arm, base, field):
                     row[f"{field}_ratio"] = statistics.median(found)
                     row[f"{field}_ratios"] = [min(found), max(found)]
@@ -176,7 +194,7 @@ def summarise(runs: Sequence[Run], arms: Sequence[Arm]) -> list[dict[str, Any]]:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     if not row["rounds"]:
-        return (row["arm"], "0", *["—"] * 8)
+        return (row["arm"], "0", *["—"] * 10)
 
     def ratio(field: str) -> str:
         return f"{row[f'{field}_ratio']:.3f}" if f"{field}_ratio" in row else "—"
@@ -194,6 +212,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         *speed,
         f"{row['memory']:.1f} GiB",
         ratio("memory"),
+        "—" if row["active"] is None else f"{row['active']:.1f} GiB",
+        ratio("active"),
         f"{row['loss']:.4f} ({gap})",
         first,
         ratio("first_step"),
@@ -204,7 +224,7 @@ def overview(rows: Sequence[dict[str, Any]]) -> str:
     """The summary as Markdown, a table for each group."""
     header = (
         *("run", "rounds", "tokens/s/process", "spread in a run", "× bf16 (least–greatest of the rounds)"),
-        *("peak memory", "× bf16", "last loss (gap)", "first step", "× bf16"),
+        *("peak memory", "× bf16", "of tensors", "× bf16", "last loss (gap)", "first step", "× bf16"),
     )
     parts = []
     for group in dict.fromkeys(row["group"] for row in rows):
@@ -324,7 +344,8 @@ def run_once(arm: Arm, number: int, key: str, here: str, args: argparse.Namespac
             )
         if not measured(steps, args.skip):
             raise TrainingFailed(f"logged only {len(steps)} steps, none of them after the first {args.skip}")
-        speed = speed_of(steps, args.skip, step_times(folder / "log.txt").get(1), startup[0])
+        first = step_times(folder / "log.txt").get(1)
+        speed = speed_of(steps, args.skip, first, startup[0], peak_of_tensors(folder))
         failure = None
     except TrainingFailed as error:
         bar.write(str(error), file=sys.stderr)

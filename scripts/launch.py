@@ -101,11 +101,13 @@ def train(
     command += [f"--nproc-per-node={nproc}", "--role=rank", "--tee=3", f"--log-dir={log.parent / 'ranks'}"]
     command += ["-m", "torchtitan.train", f"--job.config_file={config}", "--metrics.disable_color_printing", *overrides]
     own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **offline(cache)}
+    # As torchtitan's own run_train.sh has it. Without, the allocator holds memory in pieces of sizes that no longer come.
+    allocator = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     steps: list[Step] = []
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | own | environment,
+        env=allocator | os.environ | own | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -82,7 +82,7 @@ def of_folder(folder: Path, name: str) -> Subject:
     """A run that `blockfp8_titan.metrics` recorded.
 
     Raises:
-        ValueError: it recorded no step.
+        ValueError: it recorded no step, or its conversion cannot be read.
     """
     records = [record for record in read(folder / METRICS_FILE) if "step" in record]
     if not records:
@@ -91,7 +91,6 @@ def of_folder(folder: Path, name: str) -> Subject:
     latest = starts[-1] if starts else {}
     config = flatten(latest.get("config", {}))
     converter = _converter_of(latest.get("config", {}))
-    report = folder / REPORT_FILE
     first_steps = ", ".join(str(start.get("first_step")) for start in starts)
     return Subject(
         name=name,
@@ -104,10 +103,21 @@ def of_folder(folder: Path, name: str) -> Subject:
         config=config,
         versions=latest.get("versions", {}),
         hardware={**latest.get("hardware", {}), "processes": latest.get("world_size")},
-        conversion=ConversionReport.from_dict(json.loads(report.read_text())) if report.is_file() else None,
+        conversion=_conversion_of(folder / REPORT_FILE),
         health=read_health(folder),
         remark=f"started {len(starts)} times, at steps {first_steps}" if len(starts) > 1 else "",
     )
+
+
+def _conversion_of(path: Path) -> ConversionReport | None:
+    if not path.is_file():
+        return None
+    try:
+        return ConversionReport.from_dict(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: is no conversion report of this version ({type(error).__name__}: {error}); remove it to report without"
+        ) from error
 
 
 def of_result(path: Path) -> list[Group]:

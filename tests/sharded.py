@@ -31,10 +31,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from blockfp8_titan import BlockwiseFP8Linear, Recipe, reference, weight
+from blockfp8_titan import BlockwiseFP8Linear, Recipe, convert_model, reference, weight
 from blockfp8_titan.weight import BlockwiseFP8Weight, GatheredFP8Weight, gather_in_fp8, refresh_scales
 
 from .data import bits
+from .llama import VOCABULARY, model_of
 
 CHECKS: dict[str, tuple[int, Callable[[], object]]] = {}
 
@@ -487,6 +488,29 @@ def a_gathered_weight_reads_as_dequantised_and_refuses_writes() -> None:
                 assert "would write to a weight gathered in fp8" in str(error)
             else:
                 raise AssertionError("no error")
+
+
+@check(2)
+def fused_blocks_may_consist_of_several_units() -> None:
+    """FSDP2 casts what a unit receives, and finds nothing to cast in an activation that is quantised."""
+    norms = {}
+    for unit in ("", "attention", "feed_forward", "attention.wq", "feed_forward.w1"):
+        model = model_of(layers=2, dtype=torch.float32)
+        report = convert_model(model)
+        assert all(fusion.fused for fusion in report.fusions)
+        options = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+        for block in model.layers.values():
+            if unit:
+                fully_shard(block.get_submodule(unit), **options)
+            fully_shard(block, **options)
+        fully_shard(model, **options)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+        tokens = torch.randint(VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(dist.get_rank()))
+        model(tokens).float().square().mean().backward()
+        norms[unit] = torch.nn.utils.get_total_norm([p.grad.full_tensor() for p in model.parameters()]).item()
+    assert len(norms) == 5 and max(norms.values()) / min(norms.values()) < 1.01, norms
 
 
 def losses_from_one_seed() -> list[float]:

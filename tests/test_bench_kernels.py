@@ -10,10 +10,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import bench_kernels as bench
+import candidates
+import kernel_plots
+import kernel_tables
 import pytest
 import torch
-from bench_kernels import BASE, COPY, FORWARD, OURS, WGRAD, Budget, Candidate, Contender, Pace, Shape
-from measure import PEERS
+from bench_kernels import Budget
+from candidates import BASE, COPY, OURS, Candidate, Contender
+from measure import MIN_ROUNDS, PEERS, Pace, peak_tflops, spread
+from shapes import FORWARD, MODELS, SUITES, WGRAD, Shape, chosen, gemm_shapes, quantize_shapes, spread_out
+
+from blockfp8_titan import reference
+from blockfp8_titan.numerics import relative_error
 
 CPU = torch.device("cpu")
 
@@ -44,7 +52,7 @@ class ConstantTimer(ScriptedTimer):
 
 def contender(name: str, run: Callable, exact: float = 1.0, **options) -> Contender:
     def error(out: torch.Tensor) -> float:
-        return bench.relative_error(torch.full_like(out, exact), out)
+        return relative_error(torch.full_like(out, exact), out)
 
     return Contender(name, lambda operands: Candidate(run, (operands,), error, 1e-2), **options)
 
@@ -55,7 +63,7 @@ def measure(contenders: list[Contender], timer: ScriptedTimer, seconds: float = 
 
 
 def test_a_linear_becomes_three_gemms_and_a_shared_size_is_measured_once() -> None:
-    shapes = {use: shape for shape in bench.gemm_shapes([("8B", 4096)]) for use in shape.uses}
+    shapes = {use: shape for shape in gemm_shapes([("8B", 4096)]) for use in shape.uses}
     sizes = {use: (s.kind, s.M, s.N, s.K) for use, s in shapes.items()}
     assert sizes["8B w1.y 4k"] == (FORWARD, 4096, 14336, 4096)
     assert sizes["8B w1.dx 4k"] == sizes["8B w2.y 4k"] == (FORWARD, 4096, 4096, 14336)
@@ -65,9 +73,9 @@ def test_a_linear_becomes_three_gemms_and_a_shared_size_is_measured_once() -> No
     assert shapes["8B w1.y 4k"].flops == 2 * 4096 * 14336 * 4096
 
 
-@pytest.mark.parametrize("suite", bench.SUITES)
+@pytest.mark.parametrize("suite", SUITES)
 def test_every_shape_suits_ours_and_the_base(suite: str) -> None:
-    gemms, quantized = bench.gemm_shapes(bench.SUITES[suite]), bench.quantize_shapes(bench.SUITES[suite])
+    gemms, quantized = gemm_shapes(SUITES[suite]), quantize_shapes(SUITES[suite])
     assert {s.kind for s in gemms} == {FORWARD, WGRAD} and {s.kind for s in quantized} == {"x", "w"}
     for shape in gemms:
         assert shape.M % 4 == 0 and shape.N % 16 == 0 and shape.K % 16 == 0, shape
@@ -76,7 +84,7 @@ def test_every_shape_suits_ours_and_the_base(suite: str) -> None:
 
 
 def test_tensor_parallel_linears_are_cut_where_torchtitan_cuts_them() -> None:
-    whole, cut = bench.MODELS["70B"], bench.MODELS["70B/TP8"]
+    whole, cut = MODELS["70B"], MODELS["70B/TP8"]
     for name in ("wq", "wk", "w1"):
         assert cut[name] == (whole[name][0] // 8, whole[name][1])
     for name in ("wo", "w2"):
@@ -84,22 +92,22 @@ def test_tensor_parallel_linears_are_cut_where_torchtitan_cuts_them() -> None:
 
 
 def test_the_filter_reads_all_uses_of_a_shape() -> None:
-    shapes = bench.gemm_shapes(bench.SUITES["quick"])
-    assert [s.name for s in bench.chosen(shapes, ["8B w2.y"])] == ["8B w1.dx 16k"]
-    assert bench.chosen(shapes, []) == shapes and bench.chosen(shapes, ["9B"]) == []
+    shapes = gemm_shapes(SUITES["quick"])
+    assert [s.name for s in chosen(shapes, ["8B w2.y"])] == ["8B w1.dx 16k"]
+    assert chosen(shapes, []) == shapes and chosen(shapes, ["9B"]) == []
 
 
 @pytest.mark.parametrize("n", [0, 1, 5, 18])
 def test_what_is_left_out_is_spread_evenly(n: int) -> None:
-    order = bench.spread_out(range(n))
+    order = spread_out(range(n))
     assert sorted(order) == list(range(n))
     if n == 18:
         assert max(b - a for a, b in zip(sorted(order[:9]), sorted(order[:9])[1:], strict=False)) <= 4
 
 
 def test_spread_is_of_the_middle_four_fifths() -> None:
-    assert bench.spread([10.0] * 11) == 0
-    assert bench.spread([float(i) for i in range(95, 106)]) == pytest.approx(8 / 100)
+    assert spread([10.0] * 11) == 0
+    assert spread([float(i) for i in range(95, 106)]) == pytest.approx(8 / 100)
 
 
 def test_speed_is_compared_round_by_round() -> None:
@@ -152,7 +160,7 @@ def test_a_candidate_that_accumulates_starts_from_zero() -> None:
     out = torch.zeros(4)
     add = contender("add", lambda: out.add_(1.0))
     candidate = dataclasses.replace(add.prepare(torch.ones(4)), accumulates=True)
-    assert bench.check(candidate)[0] == 0
+    assert candidates.check(candidate)[0] == 0
 
 
 def test_tuning_has_its_own_budget() -> None:
@@ -165,41 +173,41 @@ def test_tuning_has_its_own_budget() -> None:
 def test_slow_shapes_get_the_fewest_rounds() -> None:
     run = lambda: torch.ones(4)  # noqa: E731
     record = measure([contender("base", run)], ConstantTimer(1.0), seconds=0)["base"]
-    assert record["rounds"] == bench.MIN_ROUNDS
+    assert record["rounds"] == MIN_ROUNDS
 
 
 def test_shapes_past_the_end_of_time_are_named() -> None:
     run = bench.Bench(CPU, ConstantTimer(1.0))
-    shapes = bench.gemm_shapes([("8B", 4096)])
+    shapes = gemm_shapes([("8B", 4096)])
     run.measure_gemm(shapes, 0.0, 100.0)
     assert run.gemm == []
     assert run.dropped == {shape.name: "time was up" for shape in shapes}
 
 
 def test_a_roof_is_bandwidth_then_peak() -> None:
-    assert bench.roofline(10, 1979, 3000) == pytest.approx(30)
-    assert bench.roofline(10_000, 1979, 3000) == 1979
-    assert bench.peak_tflops("NVIDIA H100 80GB HBM3") == {"fp8": 1979, "bf16": 989}
-    assert bench.peak_tflops("NVIDIA H100 PCIe") == {"fp8": 1513, "bf16": 756}
-    assert bench.peak_tflops("NVIDIA GeForce RTX 4090") is None
+    assert kernel_tables.roofline(10, 1979, 3000) == pytest.approx(30)
+    assert kernel_tables.roofline(10_000, 1979, 3000) == 1979
+    assert peak_tflops("NVIDIA H100 80GB HBM3") == {"fp8": 1979, "bf16": 989}
+    assert peak_tflops("NVIDIA H100 PCIe") == {"fp8": 1513, "bf16": 756}
+    assert peak_tflops("NVIDIA GeForce RTX 4090") is None
 
 
 HOPPER = {"registers": 65536, "shared": 228 * 1024, "warps": 64, "programs": 32}
 
 
 def test_occupancy_is_that_of_the_scarcest_resource() -> None:
-    assert bench.ctas_per_multiprocessor(128, 0, 8, HOPPER)["fit"] == 2
-    assert bench.ctas_per_multiprocessor(129, 0, 8, HOPPER)["fit"] == 1  # 136 registers are given
-    assert bench.ctas_per_multiprocessor(168, 0, 12, HOPPER)["fit"] == 1
-    by_shared = bench.ctas_per_multiprocessor(32, 113 * 1024, 4, HOPPER)
+    assert kernel_tables.ctas_per_multiprocessor(128, 0, 8, HOPPER)["fit"] == 2
+    assert kernel_tables.ctas_per_multiprocessor(129, 0, 8, HOPPER)["fit"] == 1  # 136 registers are given
+    assert kernel_tables.ctas_per_multiprocessor(168, 0, 12, HOPPER)["fit"] == 1
+    by_shared = kernel_tables.ctas_per_multiprocessor(32, 113 * 1024, 4, HOPPER)
     assert by_shared == {"by_registers": 16, "by_shared": 2, "by_warps": 16, "fit": 2}
-    assert bench.ctas_per_multiprocessor(16, 0, 1, HOPPER)["by_warps"] == 32
+    assert kernel_tables.ctas_per_multiprocessor(16, 0, 1, HOPPER)["by_warps"] == 32
 
 
 def test_kernels_that_compiled_alike_are_one_row() -> None:
     metadata = SimpleNamespace(name="_gemm_kernel", shared=131072, num_warps=8)
     kernel = SimpleNamespace(n_regs=254, n_spills=0, metadata=metadata)
-    (row,) = bench.resources([("(128,)", kernel), ("(128,)", kernel)], HOPPER)
+    (row,) = kernel_tables.resources([("(128,)", kernel), ("(128,)", kernel)], HOPPER)
     assert (row["kernel"], row["registers"], row["shared_bytes"], row["warps"]) == ("_gemm_kernel", 254, 131072, 8)
     assert row["programs_per_multiprocessor"]["fit"] == 1
 
@@ -227,7 +235,7 @@ def test_a_run_measures_what_is_here_and_names_what_is_not(result: dict) -> None
         assert gemm["kind"] == kind and gemm["flops"] == 2 * gemm["M"] * gemm["N"] * gemm["K"]
         assert gemm["candidates"]["bf16"]["us"] == 50 and not gemm["candidates"]["bf16"]["wrong"]
         assert 'gemm_backend = "cublas"' in gemm["candidates"][BASE]["failed"]
-        assert not {c.name for c in bench.GEMMS if c.peer in result["absent"]} & set(gemm["candidates"])
+        assert not {c.name for c in candidates.GEMMS if c.peer in result["absent"]} & set(gemm["candidates"])
     x, w = (record["candidates"] for record in result["quantize"])
     assert {COPY, "quantize_1x128", "quantize_1x128_both"} <= set(x)
     assert {COPY, "quantize_128x128", "transpose_fp8"} <= set(w)
@@ -245,7 +253,7 @@ def test_results_are_saved_as_they_come_and_an_interrupt_keeps_them(monkeypatch:
         return Candidate(lambda: x.clone(), (x,), lambda out: 0.0, 1.0)
 
     saved: list[dict] = []
-    copies = (Contender(COPY, bench._copy, ("x",)), Contender("other", interrupt, ("x",)))
+    copies = (Contender(COPY, candidates._copy, ("x",)), Contender("other", interrupt, ("x",)))
     monkeypatch.setattr(bench, "QUANTIZERS", copies)
     result = bench.bench(
         ConstantTimer(1.0),
@@ -263,7 +271,7 @@ def test_results_are_saved_as_they_come_and_an_interrupt_keeps_them(monkeypatch:
         ["16 rows", "64 rows"],
     ]
     assert result["interrupted"] and [record["shape"] for record in result["quantize"]] == ["16 rows", "64 rows"]
-    assert "not finished" in bench.report(result) and "not finished" in bench.report(saved[0])
+    assert "not finished" in kernel_tables.report(result) and "not finished" in kernel_tables.report(saved[0])
 
 
 @pytest.mark.parametrize("kind", [FORWARD, WGRAD])
@@ -275,11 +283,11 @@ def test_deep_gemm_gets_its_operands_under_both_its_names(
 
     def forward(lhs: tuple, rhs: tuple, out: torch.Tensor) -> None:
         assert out.dtype == torch.bfloat16 and lhs[1].stride(0) == 1 and rhs[1].is_contiguous()
-        out.copy_(bench.reference.gemm_1x128_128x128(*lhs, *rhs, torch.float32))
+        out.copy_(reference.gemm_1x128_128x128(*lhs, *rhs, torch.float32))
 
     def wgrad(lhs: tuple, rhs: tuple, out: torch.Tensor) -> None:
         assert out.dtype == torch.float32 and lhs[1].stride(0) == rhs[1].stride(0) == 1
-        out.add_(bench.reference.gemm_1x128_1x128(*lhs, *rhs, torch.float32))
+        out.add_(reference.gemm_1x128_1x128(*lhs, *rhs, torch.float32))
 
     def fp8_gemm_nt(a, b, d, c=None, recipe=None, compiled_dims="nk", disable_ue8m0_cast=False) -> None:
         if recipe == (1, 1, 128):
@@ -292,15 +300,15 @@ def test_deep_gemm_gets_its_operands_under_both_its_names(
     older = {"gemm_fp8_fp8_bf16_nt": forward, "wgrad_gemm_fp8_fp8_fp32_nt": wgrad}
     stand_in = SimpleNamespace(**({"fp8_gemm_nt": fp8_gemm_nt} if version == "fp8_gemm_nt" else older))
     monkeypatch.setitem(sys.modules, "deep_gemm", stand_in)
-    operands = bench.GemmOperands(Shape(kind, 256, 128, 384, ("tiny",)), CPU)
-    error, _ = bench.check(bench._deep_gemm(operands))
-    assert error <= bench.GEMM_BOUND
+    operands = candidates.GemmOperands(Shape(kind, 256, 128, 384, ("tiny",)), CPU)
+    error, _ = candidates.check(candidates._deep_gemm(operands))
+    assert error <= candidates.GEMM_BOUND
 
 
 def test_the_error_of_a_blockwise_gemm_is_that_of_rounding_its_result() -> None:
     for kind in (FORWARD, WGRAD):
-        operands = bench.GemmOperands(Shape(kind, 4096 + 128, 128, 256, ("tiny",)), CPU)
-        multiply = bench.reference.gemm_1x128_128x128 if kind == FORWARD else bench.reference.gemm_1x128_1x128
+        operands = candidates.GemmOperands(Shape(kind, 4096 + 128, 128, 256, ("tiny",)), CPU)
+        multiply = reference.gemm_1x128_128x128 if kind == FORWARD else reference.gemm_1x128_1x128
         right = multiply(*operands.blockwise, torch.bfloat16)
         error = operands.blockwise_candidate(lambda out=right: out).error
         assert 1e-3 < error(right) < 3e-3
@@ -311,12 +319,12 @@ def test_the_error_of_a_blockwise_gemm_is_that_of_rounding_its_result() -> None:
 def test_a_result_survives_json_and_renders(result: dict, tmp_path: Path) -> None:
     again = json.loads(json.dumps(result, allow_nan=False))
     assert again["commit"] == result["commit"] and again["versions"]["torch"]
-    text = bench.report(again)
+    text = kernel_tables.report(again)
     for name in (*PEERS, "tiny y", "tiny dw", "tiny x", "tiny w", "bf16", "quantize_1x128_both"):
         assert name in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 10 and all(len({re.sub(r"\\\|", "", row).count("|") for row in t}) == 1 for t in tables)
-    bench.plot(again, tmp_path / "bench.png")
+    kernel_plots.plot(again, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 10_000
 
 
@@ -330,12 +338,12 @@ def test_the_summary_has_means_worst_shapes_and_wrong_results() -> None:
         }
         return {"kind": FORWARD, "shape": shape, "candidates": candidates}
 
-    summary = bench.summarise([record("a", 2.0), record("b", 0.5, wrong=True)])
+    summary = kernel_tables.summarise([record("a", 2.0), record("b", 0.5, wrong=True)])
     ours = summary[FORWARD][OURS]
     assert ours["ratio"] == pytest.approx(1.0) and (ours["worst_shape"], ours["worst_ratio"]) == ("b", 0.5)
     assert ours["shapes"] == 2 and summary[FORWARD]["torchao"] == {"shapes": 0, "wrong": []}
     assert bench.wrong_results(summary) == ["ours, b"]
-    assert f"| {OURS} | 2 | 1.000 | 0.500 (b) | 1 |" in bench.summary_table(summary)
+    assert f"| {OURS} | 2 | 1.000 | 0.500 (b) | 1 |" in kernel_tables.summary_table(summary)
 
 
 def test_without_a_gpu_the_script_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

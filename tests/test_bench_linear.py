@@ -9,8 +9,8 @@ import bench_linear as bench
 import pytest
 import torch
 import torch.nn as nn
-from bench_kernels import FORWARD, WGRAD
 from measure import Pace
+from shapes import FORWARD, WGRAD
 from torchtitan.models.llama3 import llama3_args
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 

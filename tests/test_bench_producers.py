@@ -5,8 +5,8 @@ import json
 import bench_producers as bench
 import pytest
 import torch
-from bench_kernels import SUITES, Shape
 from measure import Pace
+from shapes import SUITES, Shape
 
 CPU = torch.device("cpu")
 

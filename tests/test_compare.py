@@ -161,10 +161,18 @@ def test_the_speed_of_a_run() -> None:
     assert compare.speed_of(steps([1.0, 50.0]), 1, None, 9.0).tps_spread == 0
 
 
+def test_the_memory_of_tensors_is_what_the_run_recorded(tmp_path: Path) -> None:
+    assert compare.peak_of_tensors(tmp_path) is None
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "active_gib": 3.5}\n{"step": 2, "active_gib": 4.5}\n{"step": 3}\n'
+    )
+    assert compare.peak_of_tensors(tmp_path) == 4.5
+
+
 def done(
     arm: str, number: int, tps: float, *, key: str = "", machine: str = "here", memory: float = 10.0, **more: Any
 ) -> Run:
-    speed = Speed(tps, 0.01, memory, 5.0, more.get("first_step", 30.0), 60.0)
+    speed = Speed(tps, 0.01, memory, 5.0, more.get("first_step", 30.0), 60.0, more.get("active"))
     return Run(arm, "debug", key or arm, number, machine, 60.0, speed)
 
 
@@ -174,8 +182,8 @@ ARMS = [Arm("debug", "bf16"), Arm("debug", "blockwise_fp8")]
 def test_ratios_are_those_of_rounds() -> None:
     # The machine slows to a half in the second round.
     found = [
-        done("bf16", 1, 100),
-        done("blockwise_fp8", 1, 130),
+        done("bf16", 1, 100, active=8.0),
+        done("blockwise_fp8", 1, 130, active=6.0),
         done("bf16", 2, 50),
         done("blockwise_fp8", 2, 70, memory=9),
     ]
@@ -183,6 +191,7 @@ def test_ratios_are_those_of_rounds() -> None:
     assert base["tps_ratio"] == 1 and ours["tps_ratio"] == pytest.approx(1.35) and ours["tps"] == 100
     assert ours["tps_ratios"] == pytest.approx([1.3, 1.4])
     assert ours["memory_ratio"] == pytest.approx(0.95) and ours["rounds"] == 2
+    assert (ours["active"], ours["active_ratio"]) == (6, 0.75)
     assert "| blockwise_fp8 | 2 | 100 | 1.0% | 1.350 (1.300–1.400) |" in compare.overview([base, ours])
 
 

@@ -1,6 +1,7 @@
 """blockfp8_titan.feed_forward: a gated feed-forward that quantises its intermediate results."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -124,3 +125,17 @@ def test_double_backward_is_refused():
     x = torch.randn(4, 144, requires_grad=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(fused(x).sum(), x, create_graph=True)
+
+
+def test_a_forward_put_on_a_member_is_called():
+    fused, _ = feed_forwards()
+    own, calls = fused.w1.forward, []
+    fused.w1.forward = lambda x: calls.append(x) or own(x) * 0
+    assert not fused(torch.randn(3, 144)).any() and len(calls) == 1
+
+
+def test_a_fused_feed_forward_is_pickled():
+    fused, _ = feed_forwards()
+    x = torch.randn(3, 144)
+    again = pickle.loads(pickle.dumps(fused))
+    assert type(again) is type(fused) and torch.equal(again(x), fused(x))

@@ -134,6 +134,10 @@ def unusual(model, what):
         with_hook(block.attention)
     elif what == "hook on w3":
         with_hook(block.feed_forward.w3)
+    elif what == "hook on wq":
+        with_hook(block.attention.wq)
+    elif what == "own forward of w1":
+        block.feed_forward.w1.forward = block.feed_forward.w1.forward
     elif what == "own norm":
         block.ffn_norm = OwnNorm(256, eps=1e-5)
     elif what == "no weight":
@@ -159,7 +163,12 @@ def unusual(model, what):
     [
         ("hook on a norm", {"layers.0.attention_norm": "it has hooks"}),
         ("hook on attention", {"layers.0.attention_norm": "attention has hooks"}),
-        ("hook on w3", {"layers.0.feed_forward": "w3 has hooks"}),
+        ("hook on w3", dict.fromkeys(("layers.0.ffn_norm", "layers.0.feed_forward"), "w3 has hooks")),
+        ("hook on wq", {"layers.0.attention_norm": "wq has hooks"}),
+        (
+            "own forward of w1",
+            dict.fromkeys(("layers.0.ffn_norm", "layers.0.feed_forward"), "w1 has a forward of its own"),
+        ),
         ("own norm", {"layers.0.ffn_norm": "a OwnNorm, not an nn.RMSNorm"}),
         ("no weight", {"layers.0.attention_norm": "it has no weight"}),
         ("no eps", {"layers.0.attention_norm": "its eps depends on its input's dtype"}),

@@ -103,3 +103,9 @@ def test_what_cannot_be_written_is_an_error_that_a_later_append_survives(journal
     journal.path.rmdir()
     journal.append(RECORDS[1])
     assert read(journal.path) == RECORDS[1:2]
+
+
+def test_a_step_that_is_no_number_supersedes_nothing(journal: Journal) -> None:
+    journal.append({"step": None}, {"step": 5})
+    journal.supersede_from(1)
+    assert read(journal.path) == [{"step": None}]

@@ -153,6 +153,22 @@ def test_a_resumed_run_has_no_step_twice(job: JobConfig, tmp_path: Path) -> None
     assert records[-1]["run"] == starts[1]["run"]
 
 
+def test_a_run_that_cannot_begin_tries_again_and_repeats_no_step(job: JobConfig, tmp_path: Path) -> None:
+    first = build(job)
+    for number in range(1, 6):
+        step(first, number)
+    in_the_way = tmp_path / "metrics.superseded.jsonl"
+    in_the_way.mkdir()
+    second = build(job)
+    step(second, 4)
+    assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    in_the_way.rmdir()
+    step(second, 5, loss=3.0)
+    records = read(tmp_path / "metrics.jsonl")
+    assert [(record["step"], record["loss"]) for record in records] == [(1, 5), (2, 5), (3, 5), (5, 3)]
+    assert [start["first_step"] for start in read(tmp_path / "runs.jsonl")] == [1, 4]
+
+
 @pytest.mark.parametrize(
     ("converters", "custom_import", "recorded"),
     [

@@ -136,6 +136,12 @@ def test_an_error_is_one_message(capsys, args, message):
         ("[blockwise_fp8]", "[blockwise_fp9]", "unknown section [blockwise_fp9], did you mean 'blockwise_fp8'?"),
         ("seq_len", "seqlen", "[training] unknown key 'seqlen', did you mean 'seq_len'?"),
         ("seq_len = 128", "seq_len = '128'", "[training] seq_len = '128': must be an integer"),
+        (
+            "[blockwise_fp8]",
+            "[validation]\nsteps = 'abc'\n[blockwise_fp8]",
+            "Validation cannot be made of {'steps': 'abc'}: ",
+        ),
+        ("hf_assets_path = ", "hf_assets_path = [1] # ", "[model] hf_assets_path = [1]: must be "),
         ("steps = 80", "dtype = 'float16'", "[training] dtype = 'float16': must be one of 'bfloat16', 'float32'"),
         ('["blockwise_fp8"]', '"blockwise_fp8"', "[model] converters = 'blockwise_fp8': must be a list"),
         ("custom_config_module", "# ", "unknown section [blockwise_fp8]: set job.custom_config_module = "),

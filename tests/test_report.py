@@ -119,6 +119,14 @@ def test_a_torn_and_diverged_run_is_read(bf16: Path) -> None:
     assert max(subject.loss) == 41 and math.isnan(subject.loss[41]) and math.isnan(subject.grad_norm[41])
 
 
+def test_a_conversion_that_cannot_be_read_is_named(fp8: Path) -> None:
+    path = fp8 / "blockwise_fp8_conversion.json"
+    for text in (path.read_text()[:-40], '{"rows": []}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"{path}: is no conversion report of this version"):
+            subjects.of_folder(fp8, "fp8")
+
+
 @pytest.mark.parametrize(
     ("converters", "recipe", "name"),
     [

@@ -61,6 +61,8 @@ def quantize_rows(w: Tensor, w_dq: Tensor, first_row: int, *, backend: QuantizeB
 def _check_table(name: str, table: Tensor, dtype: torch.dtype, w: Tensor, first_row: int) -> None:
     """Raises ValueError unless table has a number for every block that rows first_row to first_row + M of a weight touch."""
     check_matrix(name, table, (dtype,))
+    if table.device != w.device:
+        raise ValueError(f"{name} is on {table.device}, w on {w.device}: must be on one device")
     M, K = w.shape
     least = ceil_div(first_row + M, BLOCK) if M else 0
     if first_row < 0 or table.shape[0] < least or table.shape[1] != ceil_div(K, BLOCK) or not table.is_contiguous():
