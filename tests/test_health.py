@@ -136,7 +136,7 @@ def test_a_fused_step_is_as_an_unfused_one():
     step(plain, tokens)
     health = observe(fused, lambda: step(fused, tokens))
     # Where a last bit sends a value to the neighbouring e4m3 number.
-    assert_alike(health, expected(seen, weights_of(plain)), rel=5e-3, shares=2e-3)
+    assert_alike(health, expected(seen, weights_of(plain)), rel=5e-3, shares=2e-3, least=False)
 
 
 @pytest.mark.parametrize("kind", ["normal", "nonfinite", "zero_blocks"])
@@ -268,7 +268,7 @@ def test_compiled_blocks_on_a_gpu(fuse):
     health = observe(compiled, lambda: step(compiled, tokens))
     # Inductor keeps intermediate results in fp32 that eager rounds to bf16.
     assert len(truth) == 14 and all(len(tensors) == 3 for tensors in truth.values())
-    assert_alike(health, truth, rel=0.05, shares=0.02)
+    assert_alike(health, truth, rel=0.05, shares=0.02, least=False)
     if fuse == "off":
         seen = watch(eager)
         health = observe(eager, lambda: step(eager, tokens))
