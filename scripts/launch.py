@@ -20,7 +20,8 @@ STEP = re.compile(
     r"memory:\s*(?P<memory>\S+?)GiB\S*\s+tps:\s*(?P<tps>[\d,]+)"
 )
 STAMP = re.compile(
-    r"^\[rank0\]:\[titan\] (?P<time>\S+ \S+) - .* - (Training starts at step 1$|step:\s*(?P<step>\d+)\s+loss:)", re.MULTILINE
+    r"^\[rank0\]:\[titan\] (?P<time>\S+ \S+) - .* - (Training starts at step 1$|step:\s*(?P<step>\d+)\s+loss:)",
+    re.MULTILINE,
 )
 VALIDATION = re.compile(r"validate step:\s*(?P<step>\d+)\s+loss:\s*(?P<loss>\S+)")
 
