@@ -11,7 +11,8 @@ what is there, and what our GEMMs multiply is written by our ops or, of weights 
 where they are.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,6 +37,20 @@ Tallies = dict[tuple[str, Role], list[float]]
 """As `quantization_error.tallies_of` gives them, of one process."""
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+_rehearsing = False
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """What runs in here is no training, and what it computes with may be anything: of it, weights alone are observed."""
+    global _rehearsing
+    before, _rehearsing = _rehearsing, True
+    try:
+        yield
+    finally:
+        _rehearsing = before
 
 
 class _Payload(NamedTuple):
@@ -145,7 +160,7 @@ class Observation:
                 self._by_multipliers[linear.weight_scales.multipliers.data_ptr()] = linear
 
     def _activations(self, source: Source, quantized: Sequence[Sequence[Tensor]]) -> None:
-        if not quantized[0][0].numel():
+        if _rehearsing or not quantized[0][0].numel():
             return
         for (q, _), tally in zip(quantized, tallies_of(source, quantized), strict=True):
             self._made[q.data_ptr()] = tally

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.distributed.pipelining import PipelineStage
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.tools.logging import logger
 
-from .health import Health, Observation
+from .health import Health, Observation, rehearsal
 from .health_limits import Crossing, Limits, skip_rule, to_toml
 from .quantization_error import TensorHealth
 
@@ -28,16 +29,13 @@ class HealthLog:
     """Observes steps; all ranks do, with the same `freq`.
 
     Args:
-        freq: observed are step 1 and the multiples of this.
+        freq: observed are step 1 and the multiples of this; besides the first step of a start, which has no number when it begins. It
+            is told about where it is one of these.
         model_parts: see `Observation`.
         publish: of the rank that logs, else None.
-        from_start: whether the first step of a start can be observed. It has no number when it begins, so that it always is, and is
-            told about where it is one of these.
     """
 
-    def __init__(
-        self, freq: int, model_parts: Callable[[], list[nn.Module]], publish: Publish | None, *, from_start: bool
-    ) -> None:
+    def __init__(self, freq: int, model_parts: Callable[[], list[nn.Module]], publish: Publish | None) -> None:
         self.freq = freq
         self.model_parts = model_parts
         self.publish = publish
@@ -45,8 +43,7 @@ class HealthLog:
         self._warned: set[tuple[str, ...]] = set()
         self._untold: Health = {}
         self._observation: Observation | None = None
-        if from_start:
-            self._begin()
+        self._begin()
 
     def end_step(self, step: int) -> None:
         """Call after each step of training, on every rank: collects what was observed, and begins where the next step is due."""
@@ -162,14 +159,28 @@ def from_record(record: Mapping[str, Any]) -> Health:
     return health
 
 
-def watch_health(processor: MetricsProcessor, freq: int, publish: Publish | None, *, pipelined: bool) -> None:
-    """Let a metrics processor, of whatever class, observe fp8 health at the end of each step.
+@functools.cache
+def rehearse_stages() -> None:
+    """Leave out of observations what pipeline stages run on uninitialised memory, forward and backward, to learn what they return: in
+    the first step, and after each change between training and validation."""
 
-    Args:
-        pipelined: whether there is pipeline parallelism. Its first step also runs the stages on uninitialised memory, forward and
-            backward, to learn what they return.
-    """
-    log = HealthLog(freq, lambda: getattr(processor, "model_parts", None) or [], publish, from_start=not pipelined)
+    def in_rehearsal(prepare: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(prepare)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with rehearsal():
+                return prepare(*args, **kwargs)
+
+        return run
+
+    for name in ("_prepare_forward_infra", "_prepare_backward_infra"):
+        if hasattr(PipelineStage, name):  # in torch 2.11 to 2.13
+            setattr(PipelineStage, name, in_rehearsal(getattr(PipelineStage, name)))
+
+
+def watch_health(processor: MetricsProcessor, freq: int, publish: Publish | None) -> None:
+    """Let a metrics processor, of whatever class, observe fp8 health at the end of each step."""
+    rehearse_stages()
+    log = HealthLog(freq, lambda: getattr(processor, "model_parts", None) or [], publish)
     should_log, log_step = processor.should_log, processor.log
 
     @functools.wraps(should_log)

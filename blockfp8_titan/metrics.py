@@ -241,7 +241,7 @@ def attach(processor: MetricsProcessor, job_config: JobConfig, parallel_dims: Pa
     processor.should_log = note_and_ask
     if is_fp8 and (freq := section_of(job_config).health_freq):
         publish = run_log.log_health if recorder is not None else None
-        watch_health(processor, freq, publish, pipelined=parallel_dims.pp_enabled)
+        watch_health(processor, freq, publish)
     if is_fp8:
         processor.gpu_peak_flops = math.nan
         if not sys.stdout.isatty():

@@ -66,7 +66,7 @@ def processor(tmp_path: Path):
     run_log = RunLog([processor.kept], RunRecorder(tmp_path, {}), 3, reports_mfu=False)
     should_log = processor.should_log
     processor.should_log = lambda step: run_log.note_step(step) or should_log(step)
-    watch_health(processor, 4, run_log.log_health, pipelined=False)
+    watch_health(processor, 4, run_log.log_health)
     return processor
 
 
@@ -233,8 +233,7 @@ def check_records(folder: Path, steps: list[int]) -> None:
 
 
 def test_a_run_records_its_health(train: Train, tmp_path: Path, corpus: Path, capsys) -> None:
-    validation = ("enable", "dataset=c4_test", f"dataset_path={corpus / 'corpus'}", "seq_len=64", "freq=1", "steps=1")
-    options = ["--blockwise_fp8.health_freq=2", *(f"--validation.{key}" for key in validation)]
+    options = ["--blockwise_fp8.health_freq=2", *validating(corpus)]
     run = train("debug_blockwise_fp8", *options, "--training.global_batch_size=16", steps=2, folder=tmp_path)
     check_records(run.folder, [1, 2])
     lines = [line for line in run.log.read_text().splitlines() if "fp8 health" in line]
@@ -258,15 +257,21 @@ def test_a_run_records_its_health(train: Train, tmp_path: Path, corpus: Path, ca
     assert record["layers"].keys() == LAYERS - named
 
 
+def validating(corpus: Path) -> list[str]:
+    """After each step."""
+    options = ("enable", "dataset=c4_test", f"dataset_path={corpus / 'corpus'}", "seq_len=64", "freq=1", "steps=1")
+    return [f"--validation.{option}" for option in options]
+
+
 @pytest.mark.parametrize(
-    ("overrides", "step"),
+    "overrides",
     [
-        # Its first step is not observed.
-        (("--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_schedule=1F1B"), 2),
-        (("--parallelism.tensor_parallel_degree=2", "--activation_checkpoint.mode=full"), 1),
+        # Stages run on uninitialised memory in the first step, and again after a validation.
+        ("--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_schedule=1F1B"),
+        ("--parallelism.tensor_parallel_degree=2", "--activation_checkpoint.mode=full"),
     ],
     ids=["PP", "TP, full AC"],
 )
-def test_all_layers_of_a_parallel_run_are_recorded(train: Train, overrides: tuple[str, ...], step: int) -> None:
-    run = train("debug_blockwise_fp8", "--blockwise_fp8.health_freq=2", *overrides, steps=step)
-    check_records(run.folder, [step])
+def test_all_layers_of_a_parallel_run_are_recorded(train: Train, corpus: Path, overrides: tuple[str, ...]) -> None:
+    run = train("debug_blockwise_fp8", "--blockwise_fp8.health_freq=2", *validating(corpus), *overrides, steps=2)
+    check_records(run.folder, [1, 2])
