@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
+from torch.torch_version import TorchVersion
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 from torchtitan.tools.utils import NoColor
 
@@ -273,5 +274,7 @@ def validating(corpus: Path) -> list[str]:
     ids=["PP", "TP, full AC"],
 )
 def test_all_layers_of_a_parallel_run_are_recorded(train: Train, corpus: Path, overrides: tuple[str, ...]) -> None:
-    run = train("debug_blockwise_fp8", "--blockwise_fp8.health_freq=2", *validating(corpus), *overrides, steps=2)
+    # Torch 2.11 refuses validation whose micro-batches have another shape than training's, without fp8 too.
+    validation = validating(corpus) if TorchVersion(torch.__version__) >= "2.12" else []
+    run = train("debug_blockwise_fp8", "--blockwise_fp8.health_freq=2", *validation, *overrides, steps=2)
     check_records(run.folder, [1, 2])
