@@ -72,8 +72,8 @@ def pack_e4m3(a, b, c, d):
     """fp32 a, b, c, d -> int32 words of e4m3(a), e4m3(b), e4m3(c), e4m3(d), a in the lowest byte; casts as in `quantize`.
 
     Instructions that convert two numbers and merge the result into a word. Not written as casts and shifts because Triton casts
-    pairs along another axis, and where such a pair is then taken apart the assembler (ptxas 12.8 to 13.1) can read a register that
-    nothing wrote: `quantize_1x128_both` was wrong that way under Triton 3.7 and 3.9.
+    pairs along another axis, and where such a pair is packed whole and also taken apart, the assembler can read a register that
+    nothing wrote: seen with those of Triton 3.6 and 3.7.1, and for sm_89 of 3.9.
     """
     return tl.inline_asm_elementwise(
         """{
