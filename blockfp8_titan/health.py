@@ -53,6 +53,10 @@ def rehearsal() -> Iterator[None]:
         _rehearsing = before
 
 
+class ObservationFailed(RuntimeError):
+    """There is no health of a step that was observed."""
+
+
 class _Payload(NamedTuple):
     """A weight's, quantised here."""
 
@@ -79,7 +83,7 @@ class Observation:
         self._made: dict[int, Tensor | _Payload] = {}
         """Address of a payload -> its tally, or the weight that it is of."""
         self._tallies: dict[tuple[str, Role], Tensor] = {}
-        self._out_of_memory = False
+        self._failure: str | None = None
 
     def start(self) -> None:
         # What was quantised before nobody saw.
@@ -93,14 +97,14 @@ class Observation:
         """What was measured, on all ranks together: call on every rank. Waits for the device.
 
         Raises:
-            torch.OutOfMemoryError: there was no memory to measure in, on some rank; on every rank. The step itself went on.
+            ObservationFailed: measuring did, on some rank; on every rank. The step itself went on.
         """
         tallies: Tallies = {}
         if self._tallies:
             numbers = torch.stack(list(self._tallies.values())).tolist()
             tallies = dict(zip(self._tallies, numbers, strict=True))
         health: Health = {}
-        for (fqn, role), tally in _of_all_ranks(None if self._out_of_memory else tallies).items():
+        for (fqn, role), tally in _of_all_ranks(self._failure or tallies).items():
             health.setdefault(fqn, {})[role] = TensorHealth.of(tally)
         return health
 
@@ -108,10 +112,10 @@ class Observation:
     def _see(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         try:
             self._measure(name, args, result)
-        except torch.OutOfMemoryError:
-            # The step had room for itself; that it is watched must not end it.
+        except Exception as error:
+            # Such as no memory to measure in, where the step has room for itself: that it is watched must not end it.
             self.stop()
-            self._out_of_memory = True
+            self._failure = f"{type(error).__name__}: {error}"
 
     def _measure(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         if not self._names:
@@ -210,14 +214,16 @@ class Observation:
         return linear
 
 
-def _of_all_ranks(tallies: Tallies | None) -> Tallies:
-    """Tallies of all processes, added up by name. Tensors that several ranks hold count as often, each alike."""
+def _of_all_ranks(tallies: Tallies | str) -> Tallies:
+    """Tallies of all processes, added up by name; a text says why one has none. Tensors that several ranks hold count as often, each
+    alike."""
     everyones: list[Any] = [tallies]
     if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake":
         everyones = [None] * dist.get_world_size()
         dist.all_gather_object(everyones, tallies)
-    if None in everyones:
-        raise torch.OutOfMemoryError(f"no memory to measure fp8 health in, on rank {everyones.index(None)}")
+    for rank, found in enumerate(everyones):
+        if isinstance(found, str):
+            raise ObservationFailed(f"not measured, because of rank {rank}: {found}")
     merged: dict[tuple[str, Role], Tensor] = {}
     for rank in everyones:
         for key, numbers in rank.items():

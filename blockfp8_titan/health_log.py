@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-import torch
 import torch.nn as nn
 from torch.distributed.pipelining import PipelineStage
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.tools.logging import logger
 
-from .health import Health, Observation, rehearsal
+from .health import Health, Observation, ObservationFailed, rehearsal
 from .health_limits import Crossing, Limits, skip_rule, to_toml
 from .quantization_error import TensorHealth
 
@@ -72,7 +71,7 @@ class HealthLog:
     def _finish(self, step: int, observation: Observation) -> None:
         try:
             health = observation.collect()
-        except torch.OutOfMemoryError as error:
+        except ObservationFailed as error:
             if self.publish is not None:
                 logger.warning(f"fp8 health of step {step}: {error}; [blockwise_fp8] health_freq = 0 turns it off")
             return

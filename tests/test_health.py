@@ -1,12 +1,7 @@
 """blockfp8_titan.health: what is observed of a step equals what the tensors themselves give; under FSDP2 in sharded_health.py."""
 
 import copy
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +9,7 @@ import torch.nn as nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from blockfp8_titan import BlockwiseFP8Linear, Recipe, convert_model, ops, prepare_for_checkpointing, reference
-from blockfp8_titan.health import Observation
+from blockfp8_titan.health import Observation, ObservationFailed
 from blockfp8_titan.ops import library
 from blockfp8_titan.quantization_error import TensorHealth, add, tallies_of
 from blockfp8_titan.weight_cache import cache_weights
@@ -22,6 +17,7 @@ from blockfp8_titan.weight_cache import cache_weights
 from .data import KINDS, draw
 from .llama import model_of, step, tokens_for
 from .measured import assert_alike, expected, in_blocks, in_rows, watch
+from .sharded import outcomes_of
 
 
 def model(fuse="off", layers=1, recipe=Recipe(), dtype=torch.float32):
@@ -223,34 +219,26 @@ def test_nothing_is_observed_afterwards_and_numbers_stay_what_they_were():
     assert observation.collect() == {}
 
 
-def test_a_step_goes_on_where_there_is_no_memory_to_measure_in(monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("layers.0")])
+def test_a_step_goes_on_where_measuring_fails(monkeypatch, error):
     made, _ = model("auto")
     tokens = tokens_for(made)
     truth = step(made, tokens)
 
     def fail(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr("blockfp8_titan.health.tallies_of", fail)
     values = {}
     observation = observed(made, lambda: values.update(step(made, tokens)))
     assert all(torch.equal(truth[name], values[name]) for name in truth)
-    with pytest.raises(torch.OutOfMemoryError, match="no memory to measure fp8 health in, on rank 0"):
+    with pytest.raises(ObservationFailed, match=f"because of rank 0: {type(error).__name__}: "):
         observation.collect()
 
 
 def test_under_fsdp2():
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.sharded_health"],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    outcomes = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    errors = [f"{outcome['name']}: {outcome['error']}" for outcome in outcomes if "error" in outcome]
+    outcomes = outcomes_of("tests.sharded_health")
+    errors = [f"{name}: {outcome['error']}" for name, outcome in outcomes.items() if "error" in outcome]
     assert len(outcomes) == 7 and not errors, "\n".join(errors)
 
 

@@ -124,7 +124,10 @@ def test_a_step_that_could_not_be_measured_is_told_of(processor, tmp_path: Path,
         train_steps(processor, range(1, 3))
     train_steps(processor, range(3, 5))
     (warning,) = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "fp8 health of step 1: no memory" in warning and "health_freq = 0" in warning
+    assert (
+        "fp8 health of step 1: not measured, because of rank 0: OutOfMemoryError" in warning
+        and "health_freq = 0" in warning
+    )
     assert [record["step"] for record in read(tmp_path / "health.jsonl")] == [4]
 
 

@@ -41,6 +41,12 @@ CASES = {
         {"RUN": 8, "PADDED": False, "POW2": False},
         {"num_warps": 4, "maxnreg": 168},
     ),
+    "quantize_1x128_both, fp32": (
+        quantize._quantize_1x128_both_kernel,
+        {"x_ptr": "*fp32"},
+        {"RUN": 8, "PADDED": False, "POW2": True},
+        {"num_warps": 4, "maxnreg": 168},
+    ),
     "quantize_1x128_both, padded": (
         quantize._quantize_1x128_both_kernel,
         {"x_ptr": "*fp32"},

@@ -1,12 +1,7 @@
 """Weights that FSDP2 gathers in fp8: the checks of sharded.py, on 1 to 7 processes. Weights that are cached."""
 
 import copy
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,24 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from blockfp8_titan import Recipe
 from blockfp8_titan.weight_cache import cache_weights, drop_cached_weights
 
-from .sharded import CHECKS, Model, linears
+from .sharded import CHECKS, Model, linears, outcomes_of
 
 OF_ONE_SEED = [f"losses_of_{world_size}" for world_size in (1, 2, 3, 4)]
 
 
 @pytest.fixture(scope="module")
 def outcomes():
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.sharded"],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    return {line["name"]: line for line in lines}
+    return outcomes_of("tests.sharded")
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKS if name not in OF_ONE_SEED])
