@@ -318,3 +318,12 @@ def test_kernels_equal_their_twins_in_the_interpreter():
         text=True,
     )
     assert run.returncode == 0 and run.stdout.endswith("all equal\n"), run.stderr[-3000:]
+
+
+def test_no_kernel_that_packs_columns_is_compiled_for_a_single_row():
+    """The rows past it would be constants, whose casts the assembler loses."""
+    packing = {case[0] for case in CASES.values() if "PADDED" in case[0].arg_names}
+    assert len(packing) == 6
+    for kernel in packing:
+        rows = next(parameter for parameter in kernel.params if parameter.name in ("M", "N"))
+        assert rows.do_not_specialize, kernel

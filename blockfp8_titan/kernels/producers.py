@@ -73,7 +73,7 @@ def _store(
         store_columns(y, row, column, m, k, yt_q_ptr, yt_dq_ptr, M, K, yt_stride, RUN, PADDED, POW2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # see pack_e4m3
 def _quantize_swiglu_kernel(
     gate_ptr,
     up_ptr,
@@ -103,7 +103,7 @@ def _quantize_swiglu_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # see pack_e4m3
 def _quantize_swiglu_gradients_kernel(
     dh_ptr,
     gate_ptr,
@@ -199,7 +199,7 @@ def _rms_norm_rstd_kernel(x_ptr, rstd_ptr, M, K, x_stride, eps, BLOCK_M: tl.cons
     tl.store(rstd_ptr + m, tl.rsqrt(tl.sum(squares, 1) / K + eps), mask=m < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # see pack_e4m3
 def _quantize_rms_norm_kernel(
     x_ptr,
     weight_ptr,

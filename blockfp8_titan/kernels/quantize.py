@@ -16,7 +16,7 @@ def _quantize_1x128_kernel(x_ptr, x_q_ptr, x_dq_ptr, M, K, x_stride, POW2: tl.co
     store_rows(x, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # see pack_e4m3
 def _quantize_1x128_both_kernel(
     x_ptr,
     x_q_ptr,
@@ -42,7 +42,7 @@ def _quantize_1x128_both_kernel(
     store_columns(x, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # see pack_e4m3
 def _quantize_1x128_columns_kernel(
     x_ptr, xt_q_ptr, xt_dq_ptr, M, K, x_stride, xt_stride, RUN: tl.constexpr, PADDED: tl.constexpr, POW2: tl.constexpr
 ):
@@ -71,7 +71,7 @@ def _divide_block(w, row, column, w_dq_ptr, POW2: tl.constexpr):
     return quotient(w, dq, reciprocal(dq))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # see pack_e4m3
 def _quantize_128x128_both_kernel(
     w_ptr,
     w_q_ptr,

@@ -73,7 +73,9 @@ def pack_e4m3(a, b, c, d):
 
     Instructions that convert two numbers and merge the result into a word. Not written as casts and shifts because Triton casts
     pairs along another axis, and where such a pair is packed whole and also taken apart, the assembler can read a register that
-    nothing wrote: seen with those of Triton 3.6 and 3.7.1, and for sm_89 of 3.9.
+    nothing wrote: seen with those of Triton 3.6 and 3.7.1, and for sm_89 of 3.9. The assembler loses a pair of constants too, which
+    it merges into many words: kernels must not be compiled for a single row, where masked rows become constants. Their launchers'
+    sizes are therefore not specialised.
     """
     return tl.inline_asm_elementwise(
         """{
