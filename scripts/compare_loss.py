@@ -13,11 +13,15 @@ Runs plain `torchrun -m torchtitan.train` once for each converter, with the sett
 import argparse
 import dataclasses
 import json
+import os
+import queue
 import statistics
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from launch import ROOT, Step, TrainingFailed
 from losses import THRESHOLD, gaps, is_close, last_tenth, mean_gap, smoothed
 from measure import table
@@ -122,6 +126,23 @@ def plot(runs: dict[str, list[Step]], threshold: float, title: str, path: Path) 
         plt.close(figure)
 
 
+def gpus_apart(at_once: int, nproc: int, gpus: int) -> list[dict[str, str]]:
+    """Variables that give each of at_once runs nproc of this machine's GPUs; nothing to set for one run, or without GPUs.
+
+    Raises:
+        ValueError: at_once is below 1, or wants more GPUs than there are.
+    """
+    if at_once < 1:
+        raise ValueError(f"--at-once {at_once}: must be 1 or more")
+    if at_once == 1 or not gpus:
+        return [{} for _ in range(at_once)]
+    if at_once * nproc > gpus:
+        raise ValueError(f"--at-once {at_once}: {nproc} process(es) each want {at_once * nproc} GPUs, there are {gpus}")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(gpus)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[i * nproc : (i + 1) * nproc])} for i in range(at_once)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a bf16 TOML, or the NAME of configs/NAME_bf16.toml")
@@ -129,6 +150,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(compile=False)
     parser.add_argument(
         "--threshold", type=float, default=THRESHOLD, help="largest gap to bf16 that is right (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs that go on at the same time, each on --nproc GPUs of its own; they slow each other, losses are the same "
+        "(default: %(default)s)",
     )
     parser.add_argument("--name", default="loss", help="of the files written (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results")
@@ -144,30 +173,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         overrides = {arm.name: overrides_of(arm, args, args.runs / args.name / arm.folder) for arm in arms}
         config_path(args.config)
+        environments = gpus_apart(args.at_once, args.nproc, torch.cuda.device_count())
     except ValueError as error:
         parser.error(str(error))
 
-    runs: dict[str, list[Step]] = {}
-    for arm in arms:
+    free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    for environment in environments:
+        free.put(environment)
+
+    def run(arm: Arm) -> list[Step]:
+        environment = free.get()
         print(f"{arm.name}: {args.steps} steps on {args.nproc} process(es)", flush=True)
 
         def show(step: Step) -> None:
             if step.step % max(1, args.steps // 10) == 0 or step.step == 1:
                 print(
-                    f"  step {step.step:5}  loss {step.loss:8.5f}  {step.tps:9,.0f} tokens/s  {step.memory:.2f} GiB",
+                    f"{arm.name:24}  step {step.step:5}  loss {step.loss:8.5f}  {step.tps:9,.0f} tokens/s  "
+                    f"{step.memory:.2f} GiB",
                     flush=True,
                 )
 
         try:
-            runs[arm.name] = train_arm(
+            return train_arm(
                 arm,
                 args,
                 folder=args.runs / args.name / arm.folder,
                 cache=args.runs / "cache",
                 timeout=TIMEOUT,
+                environment=environment,
                 on_step=show,
             )
+        finally:
+            free.put(environment)
+
+    with ThreadPoolExecutor(args.at_once) as pool:
+        futures = {arm.name: pool.submit(run, arm) for arm in arms}
+        try:
+            runs = {name: future.result() for name, future in futures.items()}
         except TrainingFailed as failure:
+            pool.shutdown(cancel_futures=True)
             print(failure, file=sys.stderr)
             return 1
 
@@ -180,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "model": model,
         "mode": mode,
         "nproc": args.nproc,
+        "at_once": args.at_once,
         "overrides": overrides,
         "summary": {name: dataclasses.asdict(summary) for name, summary in summaries.items()},
         "threshold": args.threshold,

@@ -47,3 +47,16 @@ def test_the_verdict_on_a_loss(
         assert result["grad_norm"]["blockwise_fp8"][0] == [1, 0.5 * factor]
         # Asked for more, it is not enough.
         assert compare_loss.main([*command, "--threshold", "0.001"]) == 1
+
+
+def test_runs_at_once_have_gpus_of_their_own(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert compare_loss.gpus_apart(1, 2, 2) == [{}]
+    assert compare_loss.gpus_apart(2, 1, 0) == [{}, {}]  # CPUs are shared
+    assert [v["CUDA_VISIBLE_DEVICES"] for v in compare_loss.gpus_apart(2, 2, 5)] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert [v["CUDA_VISIBLE_DEVICES"] for v in compare_loss.gpus_apart(2, 1, 2)] == ["3", "1"]
+    with pytest.raises(ValueError, match="--at-once 3.*want 3 GPUs, there are 2"):
+        compare_loss.gpus_apart(3, 1, 2)
+    with pytest.raises(ValueError, match="--at-once 0"):
+        compare_loss.gpus_apart(0, 1, 2)
