@@ -45,12 +45,20 @@ class KnownWeight(NamedTuple):
             ops.quantize_128x128_both(self.w, **options)[:2] if as_backward else ops.quantize_128x128(self.w, **options)
         )
 
-    def along_columns(self, recipe: Recipe) -> tuple[Tensor, Tensor]:
-        """w^T's payload and multipliers, for dx."""
+    def along_columns(self, recipe: Recipe, dy_q: Tensor, *, as_forward: bool) -> tuple[Tensor, Tensor]:
+        """w^T's payload and multipliers, for dx.
+
+        They do not depend on a gradient. A compiler would compute some in forward and keep them, where FSDP2 frees the weight.
+
+        Args:
+            dy_q: what they are multiplied with.
+            as_forward: by the op that `along_rows` called, see `shares_weights`.
+        """
         if self.w_q is None:
-            _, w_dq, wt_q = ops.quantize_128x128_both(self.w, recipe.scale_format, backend=recipe.quantize_backend)
+            options = {"backend": recipe.quantize_backend, "after": None if as_forward else dy_q}
+            _, w_dq, wt_q = ops.quantize_128x128_both(self.w, recipe.scale_format, **options)
             return wt_q, w_dq.t()
-        return ops.transpose_fp8(self.w_q) if self.wt_q is None else self.wt_q, self.w_dq.t()
+        return ops.transpose_fp8(self.w_q, after=dy_q) if self.wt_q is None else self.wt_q, self.w_dq.t()
 
 
 class _BlockwiseFP8Matmul(torch.autograd.Function):
@@ -79,7 +87,8 @@ class _BlockwiseFP8Matmul(torch.autograd.Function):
     ) -> Tensor:
         weight = KnownWeight(w, w_q, w_dq, wt_q)
         ctx.save_for_backward(*weight.to_keep(), x_kept, x_kept_dq)
-        ctx.x_shape, ctx.x_dtype, ctx.w_dtype, ctx.recipe = x.shape, x.dtype, w.dtype, recipe
+        ctx.x_shape, ctx.x_dtype, ctx.w_dtype = x.shape, x.dtype, w.dtype
+        ctx.recipe, ctx.as_backward = recipe, as_backward
         w_q, w_dq = weight.along_rows(recipe, as_backward=as_backward)
         y = ops.gemm_1x128_128x128(x_q, x_dq, w_q, w_dq, out_dtype, backend=recipe.gemm_backend, recomputed=recomputed)
         return y.view(*x.shape[:-1], w.shape[0])
@@ -100,9 +109,8 @@ class _BlockwiseFP8Matmul(torch.autograd.Function):
         elif wants_dx:
             quantized = ops.quantize_1x128(dy, recipe.scale_format, backend=recipe.quantize_backend)
         if wants_dx:
-            dx = ops.gemm_1x128_128x128(
-                *quantized[:2], *KnownWeight(*weight).along_columns(recipe), ctx.x_dtype, **options
-            )
+            w_columns = KnownWeight(*weight).along_columns(recipe, quantized[0], as_forward=ctx.as_backward)
+            dx = ops.gemm_1x128_128x128(*quantized[:2], *w_columns, ctx.x_dtype, **options)
             dx = dx.view(ctx.x_shape)
         if wants_dw:
             if recipe.wgrad == "bf16":

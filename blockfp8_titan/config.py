@@ -77,10 +77,10 @@ class BlockwiseFP8:
     it keeps of a bf16 model; "none" none, the smallest.
     """
 
-    health_freq: int = 200
+    health_freq: int = 500
     """
     Every so many steps, and at step 1, measure what quantisation did to the input, weight and gradient of each converted Linear. A
-    step so observed takes about twice its time; 0 turns it off.
+    step so observed takes several times its time; 0 turns it off.
     """
 
     rules_file: str = ""

@@ -103,7 +103,14 @@ def gated_half(
         )
         quantized = _quantize_swiglu(gate_2d, up_2d, down, training and down.weight.requires_grad)
     carrier = _GatedHalf.apply(
-        x.carrier, *weights[0], *weights[1], gate_2d, up_2d, *(x.columns_for_dw() if wants_dw else (None, None)), recipe
+        x.carrier,
+        *weights[0],
+        *weights[1],
+        gate_2d,
+        up_2d,
+        *(x.columns_for_dw() if wants_dw else (None, None)),
+        recipe,
+        as_backward,
     )
     return QuantizedInput(carrier, tuple(quantized[:2]), tuple(quantized[2:]) or None, recipe.scale_format)
 
@@ -140,10 +147,12 @@ class _GatedHalf(torch.autograd.Function):
         xt_q: Tensor | None,
         xt_dq: Tensor | None,
         recipe: Recipe,
+        as_backward: bool,
     ) -> Tensor:
         kept = KnownWeight(w1, w1_q, w1_dq, w1t_q).to_keep() + KnownWeight(w3, w3_q, w3_dq, w3t_q).to_keep()
         ctx.save_for_backward(*kept, gate, up, xt_q, xt_dq)
-        ctx.x_shape, ctx.x_dtype, ctx.w1_dtype, ctx.w3_dtype, ctx.recipe = x.shape, x.dtype, w1.dtype, w3.dtype, recipe
+        ctx.x_shape, ctx.x_dtype, ctx.w1_dtype, ctx.w3_dtype = x.shape, x.dtype, w1.dtype, w3.dtype
+        ctx.recipe, ctx.as_backward = recipe, as_backward
         return carrier_like(gate, (*x.shape[:-1], gate.shape[1]))
 
     @staticmethod
@@ -159,14 +168,18 @@ class _GatedHalf(torch.autograd.Function):
         )
         dx = dw1 = dw3 = None
         if wants_dx:
-            dx = ops.gemm_1x128_128x128(*dgate[:2], *w1.along_columns(recipe), ctx.x_dtype, **options)
-            dx = dx + ops.gemm_1x128_128x128(*dup[:2], *w3.along_columns(recipe), ctx.x_dtype, **options)
+            w1_columns, w3_columns = (
+                weight.along_columns(recipe, dy[0], as_forward=ctx.as_backward)
+                for weight, dy in ((w1, dgate), (w3, dup))
+            )
+            dx = ops.gemm_1x128_128x128(*dgate[:2], *w1_columns, ctx.x_dtype, **options)
+            dx = dx + ops.gemm_1x128_128x128(*dup[:2], *w3_columns, ctx.x_dtype, **options)
             dx = dx.view(ctx.x_shape)
         if wants_dw1:
             dw1 = ops.gemm_1x128_1x128(*dgate[2:], *x_columns, ctx.w1_dtype, **options)
         if wants_dw3:
             dw3 = ops.gemm_1x128_1x128(*dup[2:], *x_columns, ctx.w3_dtype, **options)
-        return dx, dw1, None, None, None, dw3, *([None] * 8)
+        return dx, dw1, None, None, None, dw3, *([None] * 9)
 
 
 def fuse_feed_forward(module: nn.Module) -> None:

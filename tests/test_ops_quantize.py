@@ -120,7 +120,10 @@ def test_opcheck(device, M):
     x = torch.randn(M, 144, device=device)
     for op in OPS:
         torch.library.opcheck(getattr(torch.ops.blockfp8, op.__name__), (x, "fp32", "auto"), test_utils=CHECKS)
-    torch.library.opcheck(torch.ops.blockfp8.transpose_fp8, (ops.quantize_128x128(x)[0],), test_utils=CHECKS)
+    w_q, _ = ops.quantize_128x128(x)
+    torch.library.opcheck(torch.ops.blockfp8.transpose_fp8, (w_q,), test_utils=CHECKS)
+    torch.library.opcheck(torch.ops.blockfp8.transpose_fp8, (w_q, x), test_utils=CHECKS)
+    torch.library.opcheck(torch.ops.blockfp8.quantize_128x128_both, (x, "pow2", "auto", w_q), test_utils=CHECKS)
 
 
 def shards(w, rows):

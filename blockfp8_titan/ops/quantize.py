@@ -102,13 +102,14 @@ def quantize_128x128(
 
 
 def quantize_128x128_both(
-    w: Tensor, scale_format: ScaleFormat = "fp32", *, backend: QuantizeBackend = "auto"
+    w: Tensor, scale_format: ScaleFormat = "fp32", *, backend: QuantizeBackend = "auto", after: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise w in square blocks of 128 and transpose the payload, from one read: `quantize_128x128` and `transpose_fp8`.
 
     Args:
         w: [N, K] bf16 or fp32; K % 16 == 0.
         scale_format: "fp32", or "pow2" to round multipliers up to powers of two.
+        after: see `transpose_fp8`.
     Returns:
         w_q:  [N, K] float8_e4m3fn, row-major.
         w_dq: [ceil(N/128), ceil(K/128)] fp32, row-major.
@@ -117,21 +118,23 @@ def quantize_128x128_both(
         ValueError: names the argument, its value and the requirement.
     """
     check_quantizable(scale_format, backend, w=w)
-    return torch.ops.blockfp8.quantize_128x128_both.default(w, scale_format, backend)
+    return torch.ops.blockfp8.quantize_128x128_both.default(w, scale_format, backend, after)
 
 
-def transpose_fp8(w_q: Tensor) -> Tensor:
+def transpose_fp8(w_q: Tensor, *, after: Tensor | None = None) -> Tensor:
     """Transpose a payload: the fp8 tensor cores of Hopper read both operands along the contraction.
 
     Args:
         w_q: [N, K] float8_e4m3fn.
+        after: any tensor that must be there first. Its values do not matter; one of backward keeps a compiler from moving this into
+            forward, and its result from taking memory until backward.
     Returns:
         [K, N] float8_e4m3fn, rows at multiples of 16 bytes (row-major where N % 16 == 0; otherwise the padding is zero).
     Raises:
         ValueError: names the argument, its value and the requirement.
     """
     check_matrix("w_q", w_q, (E4M3,))
-    return torch.ops.blockfp8.transpose_fp8.default(w_q)
+    return torch.ops.blockfp8.transpose_fp8.default(w_q, after)
 
 
 def check_quantizable(scale_format: ScaleFormat, backend: QuantizeBackend, **matrices: Tensor) -> None:
@@ -165,12 +168,14 @@ def _allocate_128x128(w: Tensor, scale_format: str, backend: str) -> tuple[Tenso
     return row_major(w, N, K), block_multipliers(w, N, K)
 
 
-def _allocate_128x128_both(w: Tensor, scale_format: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate_128x128_both(
+    w: Tensor, scale_format: str, backend: str, after: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     N, K = w.shape
     return *_allocate_128x128(w, scale_format, backend), aligned_rows(w, K, N)
 
 
-def _allocate_transposed(w_q: Tensor) -> Tensor:
+def _allocate_transposed(w_q: Tensor, after: Tensor | None = None) -> Tensor:
     N, K = w_q.shape
     return aligned_rows(w_q, K, N)
 
@@ -198,12 +203,14 @@ def _reference_128x128(w: Tensor, scale_format: ScaleFormat, backend: str) -> tu
     return tuple(map(fill, outs, reference.quantize_128x128(w, scale_format)))
 
 
-def _reference_128x128_both(w: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
+def _reference_128x128_both(
+    w: Tensor, scale_format: ScaleFormat, backend: str, after: Tensor | None = None
+) -> tuple[Tensor, ...]:
     outs = _allocate_128x128_both(w, scale_format, backend)
     return tuple(map(fill, outs, reference.quantize_128x128_both(w, scale_format)))
 
 
-def _reference_transpose(w_q: Tensor) -> Tensor:
+def _reference_transpose(w_q: Tensor, after: Tensor | None = None) -> Tensor:
     return fill(_allocate_transposed(w_q), reference.transpose_fp8(w_q))
 
 
@@ -268,7 +275,9 @@ def _cuda_128x128(w: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[T
     return w_q, w_dq
 
 
-def _cuda_128x128_both(w: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
+def _cuda_128x128_both(
+    w: Tensor, scale_format: ScaleFormat, backend: str, after: Tensor | None = None
+) -> tuple[Tensor, ...]:
     if use_reference(w, backend):
         return _reference_128x128_both(w, scale_format, backend)
     w_q, w_dq, wt_q = _allocate_128x128_both(w, scale_format, backend)
@@ -286,7 +295,7 @@ def _cuda_128x128_both(w: Tensor, scale_format: ScaleFormat, backend: str) -> tu
     return w_q, w_dq, wt_q
 
 
-def _cuda_transpose(w_q: Tensor) -> Tensor:
+def _cuda_transpose(w_q: Tensor, after: Tensor | None = None) -> Tensor:
     if use_reference(w_q, "auto"):
         return _reference_transpose(w_q)
     out = _allocate_transposed(w_q)
@@ -327,13 +336,13 @@ define(
     fake=_allocate_128x128,
 )
 define(
-    "quantize_128x128_both(Tensor w, str scale_format, str backend) -> (Tensor, Tensor, Tensor)",
+    "quantize_128x128_both(Tensor w, str scale_format, str backend, Tensor? after=None) -> (Tensor, Tensor, Tensor)",
     reference=_reference_128x128_both,
     cuda=_cuda_128x128_both,
     fake=_allocate_128x128_both,
 )
 define(
-    "transpose_fp8(Tensor w_q) -> Tensor",
+    "transpose_fp8(Tensor w_q, Tensor? after=None) -> Tensor",
     reference=_reference_transpose,
     cuda=_cuda_transpose,
     fake=_allocate_transposed,
