@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len({arm.name for arm in arms}) < len(arms):
         parser.error("--converters: the same run twice")
     try:
-        overrides = {arm.name: overrides_of(arm, args, args.runs / args.name / arm.folder) for arm in arms}
+        overrides = {arm.name: overrides_of(arm, args, Path(arm.folder)) for arm in arms}
         config_path(args.config)
         environments = gpus_apart(args.at_once, args.nproc, torch.cuda.device_count())
     except ValueError as error:

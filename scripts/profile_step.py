@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arms = [Arm(args.config, converter, settings, args.checkpointing) for converter, settings in args.converters]
     try:
         config_path(args.config)
-        overrides = {arm.name: overrides_of(arm, args, args.runs / args.name / arm.folder) for arm in arms}
+        overrides = {arm.name: overrides_of(arm, args, Path(arm.folder)) for arm in arms}
     except ValueError as error:
         parser.error(str(error))
 
