@@ -79,8 +79,8 @@ class BlockwiseFP8:
 
     health_freq: int = 500
     """
-    Every so many steps, and at step 1, measure what quantisation did to the input, weight and gradient of each converted Linear. A
-    step so observed takes several times its time; 0 turns it off.
+    Every so many steps, measure what quantisation did to the input, weight and gradient of each converted Linear. A step so observed
+    takes several times its time; 0 turns it off.
     """
 
     rules_file: str = ""

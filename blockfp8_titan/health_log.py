@@ -28,8 +28,7 @@ class HealthLog:
     """Observes steps; all ranks do, with the same `freq`.
 
     Args:
-        freq: observed are step 1 and the multiples of this; besides the first step of a start, which has no number when it begins. It
-            is told about where it is one of these.
+        freq: multiples of this are observed; not the first step of a start, which has no number when it begins.
         model_parts: see `Observation`.
         publish: of the rank that logs, else None.
     """
@@ -42,17 +41,16 @@ class HealthLog:
         self._warned: set[tuple[str, ...]] = set()
         self._untold: Health = {}
         self._observation: Observation | None = None
-        self._begin()
 
     def end_step(self, step: int) -> None:
         """Call after each step of training, on every rank: collects what was observed, and begins where the next step is due."""
         if self._observation is not None:
             self._observation.stop()
-            if self._is_due(step):
-                self._finish(step, self._observation)
+            self._finish(step, self._observation)
             self._observation = None
-        if self._is_due(step + 1):
-            self._begin()
+        if (step + 1) % self.freq == 0:
+            self._observation = Observation(self.model_parts)
+            self._observation.start()
 
     def tell(self, step: int, color: Any) -> None:
         """Write to the console what there is to say, once."""
@@ -60,13 +58,6 @@ class HealthLog:
         if health:
             logger.info(console_line(health, step, color))
             self._warn(health, step)
-
-    def _is_due(self, step: int) -> bool:
-        return step == 1 or step % self.freq == 0
-
-    def _begin(self) -> None:
-        self._observation = Observation(self.model_parts)
-        self._observation.start()
 
     def _finish(self, step: int, observation: Observation) -> None:
         try:

@@ -35,7 +35,7 @@ def bf16(train: Train) -> Run:
 
 @pytest.fixture(scope="module")
 def fp8(train: Train) -> Run:
-    return train("debug_blockwise_fp8", *FULL_CHECKPOINTS, steps=STEPS, torchrun=True)
+    return train("debug_blockwise_fp8", "--blockwise_fp8.health_freq=2", *FULL_CHECKPOINTS, steps=STEPS, torchrun=True)
 
 
 def initial_load(run: Run) -> tuple[str, str]:
@@ -195,11 +195,13 @@ def test_compiled_blocks(train: Train, fp8: Run, mode: str) -> None:
         f"--compile.backend={backend}",
         f"--activation_checkpoint.mode={mode}",
         "--activation_checkpoint.selective_ac_option=op",
+        "--blockwise_fp8.health_freq=2",
         steps=3,
     )
     # Fused arithmetic keeps intermediate results in fp32 that eager rounds to bf16.
     assert largest_gap(compiled, fp8) < 0.005
-    (health,), (eager,) = (read(run.folder / HEALTH_FILE) for run in (compiled, fp8))
+    health, eager = (read(run.folder / HEALTH_FILE)[0] for run in (compiled, fp8))
+    assert health["step"] == eager["step"] == 2
     assert health["layers"].keys() == eager["layers"].keys() and len(eager["layers"]) == 42
     for fqn, tensors in eager["layers"].items():
         found = [health["layers"][fqn][role]["sqnr_db"] for role in tensors]
