@@ -32,7 +32,7 @@ def _swiglu_gradient_kernel(dh_ptr, gate_ptr, up_ptr, dx_ptr, size, of_gate, BLO
     dh = tl.load(dh_ptr + i, mask=i < size).to(tl.float32)
     gate = tl.load(gate_ptr + i, mask=i < size).to(tl.float32)
     up = tl.load(up_ptr + i, mask=i < size).to(tl.float32)
-    dx = producers.swiglu_gradient(dh, gate, up, of_gate != 0)
+    dx = producers.gate_gradient(dh, gate, up) if of_gate != 0 else producers.up_gradient(dh, gate)
     tl.store(dx_ptr + i, dx.to(dx_ptr.dtype.element_ty), mask=i < size)
 
 

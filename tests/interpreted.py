@@ -59,8 +59,20 @@ def amax_bits(x, axis: tl.constexpr):
 
 @triton.jit
 def pack_e4m3(a, b, c, d):
-    """What kernels.scaling.pack_e4m3 computes."""
+    """What kernels.convert.pack_e4m3 computes."""
     return _byte(a) | _byte(b) << 8 | _byte(c) << 16 | _byte(d) << 24
+
+
+@triton.jit
+def to_fp32(x):
+    """What kernels.convert.to_fp32 computes."""
+    return x.to(tl.float32)
+
+
+@triton.jit
+def round_to_bf16(x):
+    """What kernels.convert.round_to_bf16 computes."""
+    return x.to(tl.bfloat16).to(tl.float32)
 
 
 @triton.jit
@@ -74,6 +86,7 @@ def on_cpu():
     for kernels in (quantize_kernels, producer_kernels, tiles):
         kernels.amax_bits = amax_bits
     tiles.pack_e4m3 = pack_e4m3
+    producer_kernels.to_fp32, producer_kernels.round_to_bf16 = to_fp32, round_to_bf16
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_fma = fma
     library.on_device_of = lambda x: contextlib.nullcontext()

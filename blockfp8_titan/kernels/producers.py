@@ -7,6 +7,7 @@ ROWS and COLUMNS say which layouts are stored; pointers of the other are not use
 import triton
 import triton.language as tl
 
+from .convert import round_to_bf16, to_fp32
 from .scaling import amax_bits, block_multiplier, quantize, reciprocal
 from .tiles import BLOCK, store_columns, store_rows, this_tile, tile_in_runs
 
@@ -30,19 +31,36 @@ def swiglu(gate, up):
 
 
 @triton.jit
-def swiglu_gradient(dh, gate, up, of_gate):
-    """The gradient of gate where of_gate, else that of up, all fp32."""
+def gate_gradient(dh, gate, up):
+    """The gradient of gate, all fp32."""
     root = _root_of_sigmoid(gate)
     sigmoid = root * root
-    silu = gate * sigmoid
-    slope = tl.fma(silu, tl.fma(root * -1.0, root, 1.0), sigmoid)  # of silu: sigmoid + silu (1 - sigmoid)
-    return dh * tl.where(of_gate, up * slope, silu)
+    slope = tl.fma(gate * sigmoid, tl.fma(root * -1.0, root, 1.0), sigmoid)  # of silu: sigmoid + silu (1 - sigmoid)
+    return dh * (up * slope)
+
+
+@triton.jit
+def up_gradient(dh, gate):
+    """The gradient of up, all fp32."""
+    root = _root_of_sigmoid(gate)
+    return dh * (gate * (root * root))
 
 
 @triton.jit
 def _round_to(x, ptr):
     """x, fp32, rounded to the dtype that ptr points to, as fp32."""
-    return x.to(ptr.dtype.element_ty).to(tl.float32)
+    if ptr.dtype.element_ty == tl.bfloat16:
+        return round_to_bf16(x)
+    else:  # needed: Triton would compile the return after the branch too
+        return x
+
+
+@triton.jit
+def _load_tile(x_ptr, row, m, k, stride, mask):
+    """A tile in the order of `tile_in_runs`. From its first row on, offsets are 32-bit numbers, which take half of the registers."""
+    first = row.to(tl.int64) * BLOCK
+    offsets = (m - first).to(tl.int32)[:, None] * stride + k[None, :]
+    return tl.load(x_ptr + first * stride + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -95,8 +113,8 @@ def _quantize_swiglu_kernel(
     """gate, up [M, K] -> h = silu(gate) * up, quantised."""
     row, column = this_tile()
     m, k, mask = tile_in_runs(row, column, M, K, RUN)
-    gate = tl.load(gate_ptr + m[:, None] * gate_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + m[:, None] * up_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    gate = _load_tile(gate_ptr, row, m, k, gate_stride, mask).to(tl.float32)
+    up = _load_tile(up_ptr, row, m, k, up_stride, mask).to(tl.float32)
     h = _round_to(swiglu(gate, up), gate_ptr)
     _store(
         h, row, column, m, k, mask, h_q_ptr, h_dq_ptr, ht_q_ptr, ht_dq_ptr, M, K, ht_stride, RUN, ROWS, COLUMNS, PADDED, POW2
@@ -134,14 +152,15 @@ def _quantize_swiglu_gradients_kernel(
     row, column = tl.program_id(1), tl.program_id(0) // 2
     of_gate = tl.program_id(0) % 2 == 0
     m, k, mask = tile_in_runs(row, column, M, K, RUN)
-    dh = tl.load(dh_ptr + m[:, None] * dh_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + m[:, None] * gate_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + m[:, None] * up_stride + k[None, :], mask=mask & of_gate, other=0.0).to(tl.float32)
-    dx = _round_to(swiglu_gradient(dh, gate, up, of_gate), gate_ptr)
+    dh = _load_tile(dh_ptr, row, m, k, dh_stride, mask)
+    gate = _load_tile(gate_ptr, row, m, k, gate_stride, mask)
     if of_gate:
+        up = _load_tile(up_ptr, row, m, k, up_stride, mask)
         x_q_ptr, x_dq_ptr, xt_q_ptr, xt_dq_ptr = dgate_q_ptr, dgate_dq_ptr, dgatet_q_ptr, dgatet_dq_ptr
+        dx = _round_to(gate_gradient(to_fp32(dh), to_fp32(gate), to_fp32(up)), gate_ptr)
     else:
         x_q_ptr, x_dq_ptr, xt_q_ptr, xt_dq_ptr = dup_q_ptr, dup_dq_ptr, dupt_q_ptr, dupt_dq_ptr
+        dx = _round_to(up_gradient(to_fp32(dh), to_fp32(gate)), gate_ptr)
     store_rows(dx, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
     store_columns(dx, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
 
@@ -221,7 +240,7 @@ def _quantize_rms_norm_kernel(
     """x [M, K], weight [K], rstd [M] -> y = x * rstd * weight, quantised."""
     row, column = this_tile()
     m, k, mask = tile_in_runs(row, column, M, K, RUN)
-    x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = to_fp32(_load_tile(x_ptr, row, m, k, x_stride, mask))
     rstd = tl.load(rstd_ptr + m, mask=m < M, other=0.0)
     weight = tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     y = _round_to(normalise(x, rstd[:, None], weight[None, :]), x_ptr)

@@ -65,28 +65,3 @@ def quantize(x, dq, inverse):
     No clamp: |x / dq| <= 448 (1 + 2^-23), which the cast rounds to 448. NaN casts to 0x7F.
     """
     return quotient(x, dq, inverse).to(tl.float8e4nv)
-
-
-@triton.jit
-def pack_e4m3(a, b, c, d):
-    """fp32 a, b, c, d -> int32 words of e4m3(a), e4m3(b), e4m3(c), e4m3(d), a in the lowest byte; casts as in `quantize`.
-
-    Instructions that convert two numbers and merge the result into a word. Not written as casts and shifts because Triton casts
-    pairs along another axis, and where such a pair is packed whole and also taken apart, the assembler can read a register that
-    nothing wrote: seen with those of Triton 3.6 and 3.7.1, and for sm_89 of 3.9. The assembler loses a pair of constants too, which
-    it merges into many words: kernels must not be compiled for a single row, where masked rows become constants. Their launchers'
-    sizes are therefore not specialised.
-    """
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b16 ab, cd;
-        cvt.rn.satfinite.e4m3x2.f32 ab, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 cd, $4, $3;
-        mov.b32 $0, {ab, cd};
-        }""",
-        "=r,f,f,f,f",
-        [a, b, c, d],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
-    )

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from ..formats import BLOCK as _BLOCK
-from .scaling import amax_bits, block_multiplier, pack_e4m3, quantize, quotient, reciprocal
+from .convert import pack_e4m3
+from .scaling import amax_bits, block_multiplier, quantize, quotient, reciprocal
 
 BLOCK = tl.constexpr(_BLOCK)
 
