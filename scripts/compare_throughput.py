@@ -9,7 +9,8 @@ Runs plain `torchrun -m torchtitan.train`. Chips and machines differ and drift: 
 and only then summed up over rounds. NAME.json is written after every run; the same command goes on where it ended: finished runs of
 the same settings, code and hardware are read back, an interrupted one is done again, and so is a round begun on another machine.
 
-Writes NAME.json, NAME.md and NAME.png to --out. Exits with 1 when a run failed.
+Writes NAME.json, NAME.md and NAME.png to --out, which Ctrl-C brings forward. Exits with 1 when a run failed, with 130 when it was
+interrupted.
 """
 
 import argparse
@@ -451,25 +452,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (number, arm) for number in range(1, args.rounds + 1) for arm in arms if (number, keys[arm]) not in finished
     ]
     write()
-    with tqdm(total=len(todo) * args.steps, unit="step", disable=None) as bar:
-        for number, arm in todo:
-            if arm in failed or not clock.allows(arm.name):
-                left += arm not in failed
-                bar.update(args.steps)
-                continue
-            done = run_once(arm, number, keys[arm], here, args, bar)
-            clock.note(arm.name, done.seconds)
-            runs.append(done)
-            write()
-            bar.write(describe(done))
-            if done.speed is None:
-                failed.add(arm)  # it would fail again
+    interrupted = False
+    try:
+        with tqdm(total=len(todo) * args.steps, unit="step", disable=None) as bar:
+            for number, arm in todo:
+                if arm in failed or not clock.allows(arm.name):
+                    left += arm not in failed
+                    bar.update(args.steps)
+                    continue
+                done = run_once(arm, number, keys[arm], here, args, bar)
+                clock.note(arm.name, done.seconds)
+                runs.append(done)
+                write()
+                bar.write(describe(done))
+                if done.speed is None:
+                    failed.add(arm)  # it would fail again
+    except KeyboardInterrupt:
+        interrupted = True
 
     (args.out / f"{args.name}.md").write_text(report(result) + "\n")
     plot(result, args.out / f"{args.name}.png")
     print(f"\n{overview(result['summary'])}\n")
     if left:
         print(f"time was up: {left} runs were not begun; the same command goes on with them")
+    if interrupted:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     return 1 if failed else 0
 
 

@@ -185,3 +185,11 @@ def test_what_cannot_run_is_refused(
     with pytest.raises(SystemExit):
         bench.main(["--tokens", "10000"])
     assert "--tokens 10000" in capsys.readouterr().err
+
+
+def test_a_converter_that_tunes_for_longer_than_there_is_time_is_left_out() -> None:
+    record = one("wk", "torchao_blockwise", "blockwise_fp8", "bf16", modes=("eager", "compiled"))
+    found = [(c["converter"], c["mode"], "us" in c) for c in record["candidates"]]
+    assert found[-2:] == [("torchao_blockwise", mode, False) for mode in ("eager", "compiled")]
+    assert all(measured for *_, measured in found[:-2]) and len(found) == 6
+    assert "tune themselves" in record["candidates"][-1]["failed"]

@@ -319,6 +319,24 @@ def test_runs_take_turns_and_a_second_call_goes_on(
     assert "0 runs are done, 6 fit this command no more" in capsys.readouterr().out
 
 
+def test_what_was_measured_before_an_interruption_is_reported(
+    trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_arm = compare.train_arm
+
+    def stopped_in_round_two(arm: Arm, *args: Any, **options: Any) -> list[Step]:
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train_arm(arm, *args, **options)
+
+    monkeypatch.setattr(compare, "train_arm", stopped_in_round_two)
+    command = ["debug", "--steps", "8", "--out", str(tmp_path), "--runs", str(tmp_path / "runs"), "--rounds", "2"]
+    assert compare.main(command) == 130
+    assert (
+        "| blockwise_fp8 | 1 |" in (tmp_path / "throughput.md").read_text() and (tmp_path / "throughput.png").exists()
+    )
+
+
 def test_an_arm_that_fails_fails_once_and_the_others_go_on(trained: list[str], tmp_path: Path) -> None:
     command = ["debug", "--steps", "8", "--out", str(tmp_path), "--runs", str(tmp_path / "runs"), "--rounds", "2"]
     assert compare.main([*command, "--checkpointing", "op", "full"]) == 1
