@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 from blockfp8_titan import ops, reference
 from blockfp8_titan.kernels import producers as producer_kernels
 from blockfp8_titan.kernels import quantize as quantize_kernels
-from blockfp8_titan.kernels import tiles
+from blockfp8_titan.kernels import scaling, tiles
 from blockfp8_titan.numerics import relative_error
 from blockfp8_titan.ops import backend, library, shards
 from blockfp8_titan.ops import gemm as gemm_ops
@@ -64,6 +64,12 @@ def pack_e4m3(a, b, c, d):
 
 
 @triton.jit
+def approximate_reciprocal(x):
+    """What kernels.convert.approximate_reciprocal computes, or nearer."""
+    return 1.0 / x
+
+
+@triton.jit
 def to_fp32(x):
     """What kernels.convert.to_fp32 computes."""
     return x.to(tl.float32)
@@ -86,6 +92,7 @@ def on_cpu():
     for kernels in (quantize_kernels, producer_kernels, tiles):
         kernels.amax_bits = amax_bits
     tiles.pack_e4m3 = pack_e4m3
+    scaling.approximate_reciprocal = approximate_reciprocal
     producer_kernels.to_fp32, producer_kernels.round_to_bf16 = to_fp32, round_to_bf16
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_fma = fma

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .convert import round_to_bf16, to_fp32
-from .scaling import amax_bits, block_multiplier, quantize, reciprocal
+from .scaling import amax_bits, block_multiplier, quantize
 from .tiles import BLOCK, store_columns, store_rows, this_tile, tile_in_runs
 
 MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
@@ -198,7 +198,7 @@ def _quantize_rms_norm_rows_kernel(
     y = _round_to(normalise(x, rstd[:, None], weight[None, :]), x_ptr)
     groups = y.reshape(BLOCK_M, GROUPS, BLOCK)
     dq = block_multiplier(amax_bits(groups, 2), POW2)
-    y_q = quantize(groups, dq[:, :, None], reciprocal(dq)[:, :, None]).reshape(BLOCK_M, BLOCK_K)
+    y_q = quantize(groups, dq[:, :, None]).reshape(BLOCK_M, BLOCK_K)
     tl.store(y_q_ptr + m[:, None] * K + k[None, :], y_q, mask=mask)
     group = tl.arange(0, GROUPS)
     in_matrix = (m < M)[:, None] & (group * BLOCK < K)[None, :]

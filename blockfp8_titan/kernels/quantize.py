@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .scaling import amax_bits, block_multiplier, quantize, quotient, reciprocal
+from .scaling import amax_bits, block_multiplier, quantize, quotient
 from .tiles import BLOCK, store_columns, store_rows, store_transposed, this_tile, tile, tile_in_runs
 
 
@@ -68,7 +68,7 @@ def _divide_block(w, row, column, w_dq_ptr, POW2: tl.constexpr):
     """A tile divided by the one multiplier that it shares, which is stored."""
     dq = block_multiplier(tl.max(amax_bits(w, 1), 0), POW2)
     tl.store(w_dq_ptr + row * tl.num_programs(0) + column, dq)
-    return quotient(w, dq, reciprocal(dq))
+    return quotient(w, dq)
 
 
 @triton.jit(do_not_specialize=["N"])  # see pack_e4m3
@@ -123,7 +123,7 @@ def _quantize_rows_kernel(w_ptr, w_dq_ptr, w_q_ptr, M, K, w_stride, first_row):
     m, k, mask, block = _shard_tile(M, K, first_row)
     w = tl.load(w_ptr + m[:, None] * w_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
     dq = tl.load(w_dq_ptr + block * tl.num_programs(0) + tl.program_id(0))
-    tl.store(w_q_ptr + m[:, None] * K + k[None, :], quantize(w, dq, reciprocal(dq)), mask=mask)
+    tl.store(w_q_ptr + m[:, None] * K + k[None, :], quantize(w, dq), mask=mask)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..formats import E4M3_MAX as _E4M3_MAX
 from ..formats import EPS as _EPS
+from .convert import approximate_reciprocal
 
 E4M3_MAX = tl.constexpr(_E4M3_MAX)
 E4M3_MAX_RECIPROCAL = tl.constexpr(float.fromhex("0x1.24924Ap-9"))  # 1 / 448 rounded to fp32
@@ -40,18 +41,13 @@ def block_multiplier(amax_bits, POW2: tl.constexpr):
 
 
 @triton.jit
-def reciprocal(dq):
-    """1 / dq rounded to nearest: a Newton step after the approximate division of `/`."""
-    approximate = 1.0 / dq
-    return tl.fma(tl.fma(dq * -1.0, approximate, 1.0), approximate, approximate)
-
-
-@triton.jit
-def quotient(x, dq, inverse):
-    """x / dq rounded to nearest, with inverse = reciprocal(dq); shapes broadcast."""
+def quotient(x, dq):
+    """x / dq rounded to nearest; shapes broadcast. dq is from 2^-126 to 2^120, or NaN."""
     # Tiny blocks are lifted by an exact factor: their residuals would have bits below the least fp32.
     lift = tl.where(dq < TINY, 1 / TINY, 1.0)
-    x, dq, inverse = x * lift, dq * lift, inverse * tl.where(dq < TINY, TINY, 1.0)
+    x, dq = x * lift, dq * lift
+    inverse = approximate_reciprocal(dq)
+    inverse = tl.fma(tl.fma(dq * -1.0, inverse, 1.0), inverse, inverse)
     approximate = x * inverse
     # Signs so placed that -0 stays -0; x * -1.0 folds into the instruction, where Triton 3.6 would compute -x as 0 - x.
     excess = tl.fma(approximate, dq, x * -1.0)
@@ -59,9 +55,9 @@ def quotient(x, dq, inverse):
 
 
 @triton.jit
-def quantize(x, dq, inverse):
-    """e4m3(x / dq), with inverse = reciprocal(dq); shapes broadcast.
+def quantize(x, dq):
+    """e4m3(x / dq); shapes broadcast.
 
     No clamp: |x / dq| <= 448 (1 + 2^-23), which the cast rounds to 448. NaN casts to 0x7F.
     """
-    return quotient(x, dq, inverse).to(tl.float8e4nv)
+    return quotient(x, dq).to(tl.float8e4nv)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..formats import BLOCK as _BLOCK
 from .convert import pack_e4m3
-from .scaling import amax_bits, block_multiplier, quantize, quotient, reciprocal
+from .scaling import amax_bits, block_multiplier, quantize, quotient
 
 BLOCK = tl.constexpr(_BLOCK)
 
@@ -45,7 +45,7 @@ def tile_in_runs(row, column, M, K, RUN: tl.constexpr):
 def store_rows(x, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2: tl.constexpr):
     """Quantise a tile's rows and store payload and multipliers."""
     dq = block_multiplier(amax_bits(x, 1), POW2)
-    tl.store(x_q_ptr + m[:, None] * K + k[None, :], quantize(x, dq[:, None], reciprocal(dq)[:, None]), mask=mask)
+    tl.store(x_q_ptr + m[:, None] * K + k[None, :], quantize(x, dq[:, None]), mask=mask)
     tl.store(x_dq_ptr + column.to(tl.int64) * M + m, dq, mask=m < M)
 
 
@@ -67,7 +67,7 @@ def store_columns(
 ):
     """Quantise the columns of a tile in the order of `tile_in_runs` and store them transposed, with their multipliers."""
     dq = block_multiplier(amax_bits(x, 0), POW2)
-    quotients = quotient(x, dq[None, :], reciprocal(dq)[None, :])
+    quotients = quotient(x, dq[None, :])
     store_transposed(quotients, row, column, m, k, xt_q_ptr, M, K, xt_stride, RUN, PADDED)
     tl.store(xt_dq_ptr + row.to(tl.int64) * K + k, dq, mask=k < K)
 
