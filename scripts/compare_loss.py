@@ -17,8 +17,8 @@ import os
 import queue
 import statistics
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -143,6 +143,22 @@ def gpus_apart(at_once: int, nproc: int, gpus: int) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": ",".join(names[i * nproc : (i + 1) * nproc])} for i in range(at_once)]
 
 
+def run_all(arms: Sequence[Arm], run: Callable[[Arm], list[Step]], at_once: int) -> list[list[Step]]:
+    """The steps of all arms. What ends one, an interruption too, keeps those that have not begun from beginning."""
+    if at_once == 1:
+        return [run(arm) for arm in arms]
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(run, arm) for arm in arms]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a bf16 TOML, or the NAME of configs/NAME_bf16.toml")
@@ -206,14 +222,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             free.put(environment)
 
-    with ThreadPoolExecutor(args.at_once) as pool:
-        futures = {arm.name: pool.submit(run, arm) for arm in arms}
-        try:
-            runs = {name: future.result() for name, future in futures.items()}
-        except TrainingFailed as failure:
-            pool.shutdown(cancel_futures=True)
-            print(failure, file=sys.stderr)
-            return 1
+    try:
+        runs = dict(zip([arm.name for arm in arms], run_all(arms, run, args.at_once), strict=True))
+    except TrainingFailed as failure:
+        print(failure, file=sys.stderr)
+        return 1
 
     summaries = {name: summarise(steps, runs[BF16]) for name, steps in runs.items()}
     close = verdicts(summaries, args.threshold)

@@ -2,13 +2,14 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import compare_loss
 import losses
 import pytest
-from launch import Step
+from launch import Step, TrainingFailed
 from runs import Arm
 
 
@@ -60,3 +61,20 @@ def test_runs_at_once_have_gpus_of_their_own(monkeypatch):
         compare_loss.gpus_apart(3, 1, 2)
     with pytest.raises(ValueError, match="--at-once 0"):
         compare_loss.gpus_apart(0, 1, 2)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_after_a_failed_run_no_other_begins(at_once: int) -> None:
+    begun: list[str] = []
+
+    def run(arm: Arm) -> list[Step]:
+        begun.append(arm.converter)
+        if arm.converter == "fails":
+            raise TrainingFailed("fails")
+        time.sleep(1)
+        return []
+
+    with pytest.raises(TrainingFailed):
+        compare_loss.run_all([Arm("debug", name) for name in ("first", "fails", "next", "last")], run, at_once)
+    assert begun == ["first", "fails"] if at_once == 1 else "last" not in begun
+    assert compare_loss.run_all([Arm("debug", name) for name in "ab"], run, at_once) == [[], []]
