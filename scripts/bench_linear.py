@@ -378,9 +378,13 @@ def bench_subject(
     exact: list[Tensor] | None = None
     # bf16 first, which the others are compared with.
     in_order = sorted(converters, key=lambda c: (c != BF16, CONVERTERS[c].tunes))
-    for key in itertools.product(in_order, modes):
+    for key in itertools.product(in_order, sorted(modes, key=MODES.index)):
         converter, mode = key
-        if CONVERTERS[converter].tunes > seconds - (time.monotonic() - began):
+        if exact is None and converter != BF16:
+            candidates[key] = {"failed": "not measured: bf16, which it is to be compared with, was not"}
+            continue
+        tuned = any(done == converter for done, _ in steps)
+        if not tuned and CONVERTERS[converter].tunes > seconds - (time.monotonic() - began):
             candidates[key] = {"failed": "not measured: its kernels tune themselves for minutes; give more --seconds"}
             continue
         try:
@@ -512,7 +516,7 @@ def report(result: dict[str, Any]) -> str:
         "ones for blockwise, cuBLAS's or `_scaled_mm`'s for the others), as a share of the step. Saved: storages that autograd keeps "
         "for backward, without parameters; of it weights: those shaped like a parameter, quantised weights; held: what the allocator "
         "holds then, without outputs; peak: of a step, above what was there. Error: the largest relative one of y, dx and dw against "
-        "eager bf16.",
+        "bf16, eager where that was measured.",
     ]
     for record in result["subjects"]:
         parts.append(overview(record))
@@ -607,6 +611,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results")
     parser.add_argument("--name", default="bench_linear", help="of the files written (default: %(default)s)")
     args = parser.parse_args(arguments)
+    if BF16 not in args.converters:
+        parser.error("--converters: bf16 must be among them, the others are compared with it")
     if args.tokens < 128 or args.tokens % min(args.tokens, SEQUENCE):
         parser.error(f"--tokens {args.tokens}: must be 128 or more, and above {SEQUENCE} a multiple of it")
     if (device := fp8_gpu("bench_linear.py")) is None:

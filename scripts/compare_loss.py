@@ -17,6 +17,7 @@ import os
 import queue
 import statistics
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -147,15 +148,26 @@ def run_all(arms: Sequence[Arm], run: Callable[[Arm], list[Step]], at_once: int)
     """The steps of all arms. What ends one, an interruption too, keeps those that have not begun from beginning."""
     if at_once == 1:
         return [run(arm) for arm in arms]
+    ended = threading.Event()
+
+    def run_unless_ended(arm: Arm) -> list[Step]:
+        if ended.is_set():
+            return []
+        try:
+            return run(arm)
+        except BaseException:
+            ended.set()  # here, before this thread takes the next
+            raise
+
     with ThreadPoolExecutor(at_once) as pool:
-        futures = [pool.submit(run, arm) for arm in arms]
+        futures = [pool.submit(run_unless_ended, arm) for arm in arms]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
             return [future.result() for future in futures]
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            ended.set()
             raise
 
 

@@ -146,9 +146,11 @@ def test_wrong_results_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1.0e+00 WRONG" in bench.overview(wrong) and "not finite WRONG" in bench.overview(wrong)
 
 
-def test_without_bf16_there_is_no_ratio() -> None:
+def test_without_bf16_nothing_is_compared() -> None:
     (ours,) = one("wk", "blockwise_fp8")["candidates"]
-    assert ours["ratio"] is None and ours["us"] == 100
+    assert "us" not in ours and "bf16" in ours["failed"]
+    with pytest.raises(SystemExit):
+        bench.main(["--converters", "blockwise_fp8"])
 
 
 def test_a_result_survives_json_and_renders(record: dict) -> None:

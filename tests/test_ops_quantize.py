@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from blockfp8_titan import ops, reference
+from blockfp8_titan.ops.layouts import contiguous_rows
 
 from .data import CHECKS, KINDS, bits, draw, padding, poisoned
 
@@ -226,3 +227,23 @@ def test_more_than_two_to_the_31_elements():
         assert torch.equal(bits(out), bits(twin))
     for out, twin in zip((xt_q[:, -112:], xt_dq[:, -1:]), reference.quantize_1x128(tail.t()), strict=True):
         assert torch.equal(bits(out), bits(twin))
+
+
+def test_rows_too_far_apart_for_32_bits_are_copied():
+    x = torch.empty(2, 2**25, device="meta")
+    assert contiguous_rows(x[:, :32]).stride() == (32, 1)
+    assert contiguous_rows(x[:, : 2**24]).stride() == (2**24, 1)
+    near = torch.empty(2, 2**24, device="meta")[:, :32]
+    assert contiguous_rows(near) is near
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_divisor_whose_reciprocal_rounds_badly(device):
+    """Its bits are all ones: Newton's step does not mend an approximate reciprocal that is a unit off, and x / dq is at a tie."""
+    x = torch.zeros(1, 128, device=device)
+    x[0, :2] = torch.tensor([1.75 - 2**-23, 2**-18])
+    x = torch.cat([x * 2.0**e for e in range(-100, 101, 20)])
+    for out, twin in zip(
+        ops.quantize_1x128_both(x), ops.quantize_1x128_both(x.cpu(), backend="reference"), strict=True
+    ):
+        assert torch.equal(bits(out.cpu()), bits(twin))

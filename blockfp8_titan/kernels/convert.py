@@ -10,7 +10,7 @@ def to_fp32(x):
     if x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-            "=r,=r,r",
+            "=&r,=r,r",  # the first result is there before the last read
             [x],
             dtype=tl.float32,
             is_pure=True,

@@ -57,7 +57,8 @@ def _round_to(x, ptr):
 
 @triton.jit
 def _load_tile(x_ptr, row, m, k, stride, mask):
-    """A tile in the order of `tile_in_runs`. From its first row on, offsets are 32-bit numbers, which take half of the registers."""
+    """A tile in the order of `tile_in_runs`. From its first row on, offsets are 32-bit numbers, which take half of the registers; stride
+    is at most 2^24."""
     first = row.to(tl.int64) * BLOCK
     offsets = (m - first).to(tl.int32)[:, None] * stride + k[None, :]
     return tl.load(x_ptr + first * stride + offsets, mask=mask, other=0.0)

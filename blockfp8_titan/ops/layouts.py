@@ -43,9 +43,9 @@ def fill(out: Tensor, value: Tensor) -> Tensor:
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """x itself where its rows are contiguous, else a copy."""
+    """x itself where its rows are contiguous and at most 2^24 apart, else a copy: in a tile, kernels count in 32 bits."""
     along_m, along_k = x.stride()
-    return x if along_k == 1 and along_m >= x.shape[1] else x.contiguous()
+    return x if along_k == 1 and x.shape[1] <= along_m <= 2**24 else x.contiguous()
 
 
 def tiles(m: int, k: int) -> tuple[int, int, int]:
