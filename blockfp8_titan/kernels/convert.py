@@ -30,7 +30,7 @@ def approximate_reciprocal(x):
 def round_to_bf16(x):
     """fp32 -> fp32, rounded to nearest bf16.
 
-    Two numbers at once: alone, they are converted by the pipe that has a sixteenth of the multipliers' throughput, the exponentials' too.
+    Two numbers at once: one alone is converted by the slow pipe that computes exponentials.
     """
     return tl.inline_asm_elementwise(
         """{
