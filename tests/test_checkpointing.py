@@ -185,7 +185,7 @@ def test_what_a_compiled_checkpoint_keeps(ac_save, again):
 @pytest.mark.parametrize("mode", ["op", "none"])
 def test_weights_gathered_in_fp8_are_transposed_in_backward(mode):
     """FSDP2 frees what it gathered after forward; a transpose that forward makes for backward would stay, a byte per element."""
-    # Larger than activations are, as in real models: where both cost the same, a partitioner takes the later.
+    # Of these sizes, the partitioner took two of the seven transposes into forward.
     model = model_of(layers=1, dtype=torch.bfloat16, dim=1024, n_heads=8, n_kv_heads=2)
     report = convert_model(model)
     prepare_for_checkpointing(model, report, "balanced", columns_apart=mode == "op")
