@@ -53,15 +53,26 @@ def _tile_coordinates(tile, num_m, num_n):
 
 
 @gluon.jit
+def _turn(num_tiles, second, third, at_once):
+    """This program's first tile and the end of its turn's tiles; see `turns`."""
+    program = gl.program_id(0)
+    turn = program // at_once
+    begin = gl.where(turn == 0, 0, gl.where(turn == 1, second, third))
+    end = gl.where(turn == 0, second, gl.where(turn == 1, third, num_tiles))
+    return begin + program % at_once, end
+
+
+@gluon.jit
 def _load_tiles(
     a_desc, b_desc, a_dq_desc, b_dq_desc, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, ready, empty, M, N, K, a_dq_k, b_dq_k,
-    B_PER_ROW: gl.constexpr,
+    second, third, at_once, B_PER_ROW: gl.constexpr,
 ):  # fmt: skip
     num_m = gl.cdiv(M, BM)
     num_n = gl.cdiv(N, BN)
     stage = 0
     phase = 1
-    for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    first, end = _turn(num_m * num_n, second, third, at_once)
+    for tile in range(first, end, at_once):
         pm, pn = _tile_coordinates(tile, num_m, num_n)
         for k in range(gl.cdiv(K, 128)):
             mbarrier.wait(empty.index(stage), phase)
@@ -104,7 +115,7 @@ def _slices(x, COLUMNS: gl.constexpr):
 @gluon.jit
 def _multiply_tiles(
     WARPGROUP: gl.constexpr, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, ready, empty,
-    M, N, K, b_dq_n, b_dq_k, B_PER_ROW: gl.constexpr,
+    M, N, K, b_dq_n, b_dq_k, second, third, at_once, B_PER_ROW: gl.constexpr,
 ):  # fmt: skip
     C_COLUMNS: gl.constexpr = c_desc.block_type.shape[1]
     # While the chain of which part barriers are dealt with. The first is the earlier, which keeps the stages filled; a promotion with
@@ -118,7 +129,8 @@ def _multiply_tiles(
     c_buf = c_bufs.index(WARPGROUP)
     stage = 0
     phase = 0
-    for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    first, end = _turn(num_m * num_n, second, third, at_once)
+    for tile in range(first, end, at_once):
         pm, pn = _tile_coordinates(tile, num_m, num_n)
         b_dq_ptrs = b_dq_ptr + pn * b_dq_n
         if not B_PER_ROW:
@@ -172,9 +184,12 @@ def _multiply_tiles(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "K", "a_dq_k", "b_dq_n", "b_dq_k"], do_not_specialize_on_alignment=["b_dq_ptr"])
+@gluon.jit(
+    do_not_specialize=["M", "N", "K", "a_dq_k", "b_dq_n", "b_dq_k", "second", "third", "at_once"],
+    do_not_specialize_on_alignment=["b_dq_ptr"],
+)
 def _gemm_hopper_kernel(
-    a_desc, b_desc, c_desc, a_dq_desc, b_dq_desc, b_dq_ptr, M, N, K, a_dq_k, b_dq_n, b_dq_k,
+    a_desc, b_desc, c_desc, a_dq_desc, b_dq_desc, b_dq_ptr, M, N, K, a_dq_k, b_dq_n, b_dq_k, second, third, at_once,
     B_PER_ROW: gl.constexpr,
 ):  # fmt: skip
     """c [M, N] = a [M, K] b [N, K]^T; a_dq_k and b_dq_k are the multipliers' strides along K, b_dq_n b's along blocks of N."""
@@ -197,15 +212,15 @@ def _gemm_hopper_kernel(
         [
             (_multiply_tiles, (
                 0, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, ready, empty,
-                M, N, K, b_dq_n, b_dq_k, B_PER_ROW,
+                M, N, K, b_dq_n, b_dq_k, second, third, at_once, B_PER_ROW,
             )),
             (_multiply_tiles, (
                 1, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, ready, empty,
-                M, N, K, b_dq_n, b_dq_k, B_PER_ROW,
+                M, N, K, b_dq_n, b_dq_k, second, third, at_once, B_PER_ROW,
             )),
             (_load_tiles, (
                 a_desc, b_desc, a_dq_desc, b_dq_desc, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, ready, empty,
-                M, N, K, a_dq_k, b_dq_k, B_PER_ROW,
+                M, N, K, a_dq_k, b_dq_k, second, third, at_once, B_PER_ROW,
             )),
         ],
         [4, 1],
@@ -224,6 +239,9 @@ C_TILE = {
 }
 C_COLUMNS = {dtype: 128 // dtype.itemsize for dtype in C_TILE}
 """A warpgroup stores 64 rows of 128 bytes at a time."""
+
+MIN_WAVES = 4
+"""Tiles per program from which on programs take turns."""
 
 compiled: dict[tuple[int, torch.dtype, bool], Any] = {}
 """(device, c's dtype, b_per_row) -> the compiled kernel: nothing else decides what is compiled."""
@@ -256,6 +274,21 @@ def _columns(dq: torch.Tensor, block: int) -> tuple[_Descriptor, int]:
     if columns == 1:
         stride = rows
     return _Descriptor(dq, [(columns - 1) * stride + rows], [1], [block], FP32_VECTOR), stride
+
+
+def turns(tiles: int, at_once: int) -> tuple[int, int, int]:
+    """How many programs there are, and the first tiles of the second and the third turn of `at_once` programs each.
+
+    A program fills a multiprocessor. Where NCCL holds some of them, as many programs wait for one that ends: if each had its share
+    of all tiles, the GEMM would take twice as long. So the first turn takes half of the tiles, the next three tenths, and the last
+    the rest; a turn costs the time that filling the stages takes.
+    """
+    waves = ceil_div(tiles, at_once)
+    if waves < MIN_WAVES:
+        return at_once, tiles, tiles
+    second = (waves + 1) // 2
+    third = second + (waves - second) * 3 // 5
+    return 3 * at_once, second * at_once, third * at_once
 
 
 def multiply_scaled(
@@ -294,8 +327,11 @@ def multiply_scaled(
         a_dq_desc,
         b_dq_desc,
     )
-    numbers = (M, N, K, a_dq_k, b_dq_n, b_dq_k, b_per_row)
-    grid = (min(ceil_div(M, BM.value) * ceil_div(N, BN.value), multiprocessors), 1, 1)
+    tiles = ceil_div(M, BM.value) * ceil_div(N, BN.value)
+    at_once = min(tiles, multiprocessors)
+    programs, second, third = turns(tiles, at_once)
+    numbers = (M, N, K, a_dq_k, b_dq_n, b_dq_k, second, third, at_once, b_per_row)
+    grid = (programs, 1, 1)
     key = (a_q.get_device(), c.dtype, b_per_row)
     if kernel := compiled.get(key):
         # An address spares the launcher a call of the driver.
