@@ -200,7 +200,8 @@ def compile_for_hopper(c_dtype, b_per_row):
         "a_dq_desc": descriptor("fp32", (256,), gemm_hopper.FP32_VECTOR),
         "b_dq_desc": descriptor("fp32", (128,), gemm_hopper.FP32_VECTOR) if b_per_row else "constexpr",
         "b_dq_ptr": "*fp32",
-        **{size: "i32" for size in ("M", "N", "K", "a_dq_k", "b_dq_n", "b_dq_k", "second", "third", "at_once")},
+        "counter_ptr": "*i32",
+        **{size: "i32" for size in ("M", "N", "K", "a_dq_k", "b_dq_n", "b_dq_k")},
         "B_PER_ROW": "constexpr",
     }
     constants = {"B_PER_ROW": b_per_row} | ({} if b_per_row else {"b_dq_desc": None})

@@ -3,7 +3,7 @@ import torch
 
 from blockfp8_titan import ops, reference
 from blockfp8_titan.numerics import GEMM_RELATIVE_ERROR, relative_error
-from blockfp8_titan.ops.backend import cublas_obstacle
+from blockfp8_titan.ops.backend import cublas_obstacle, is_hopper
 
 from .data import CHECKS, draw
 
@@ -164,3 +164,29 @@ def test_cublas_names_the_size_it_does_not_take(kind):
     b = operands(kind, 16, 48, 256, device="cuda")[2:]
     with pytest.raises(ValueError, match='M = 7 is not a positive multiple of 4; use "auto"'):
         gemm(kind, *x, *b, backend="cublas")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_side_by_side_and_replayed(kind):
+    """Programs of a launch share a counter of tiles: no two launches at a time may, recorded ones neither, and each leaves it at zero."""
+    args = operands(kind, 4096, 2048, 512, device="cuda")
+    expected = gemm(kind, *args, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = gemm(kind, *args, backend="triton")
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    outs = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                outs.append(gemm(kind, *args, backend="triton"))
+        replayed.fill_(torch.nan)
+        graph.replay()
+        outs.append(replayed.clone())
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in outs)
+    if is_hopper(args[0].device):
+        from blockfp8_titan.kernels import gemm_hopper
+
+        assert not any(zeros.any() for zeros, _ in gemm_hopper._counters.values())

@@ -1,9 +1,10 @@
 """The blockwise-scaled GEMM for Hopper, in Gluon: c = a b^T with one fp32 promotion per 128 of K.
 
-A persistent grid of 256x128 tiles. In each program one warp brings tiles of a and b, and a's multipliers, into shared memory by
-TMA; two warpgroups multiply and promote. Each warpgroup owns two parts of 64 rows: every part of a K block is a fresh wgmma chain,
-whose result is scaled and added to the part's fp32 accumulator in registers while the tensor cores work for the other warpgroup.
-The two parts share one read of b's multipliers, which is what a per-row b is bound by.
+Persistent programs, one to a multiprocessor, take 256x128 tiles from a common counter. Fixed shares would double the time while NCCL
+holds multiprocessors: as many programs begin when others have ended. In each program one warp brings tiles of a and b, and a's
+multipliers, into shared memory by TMA; two warpgroups multiply and promote. Each warpgroup owns two parts of 64 rows: every part of a K
+block is a fresh wgmma chain, whose result is scaled and added to the part's fp32 accumulator in registers while the tensor cores
+work for the other warpgroup. The two parts share one read of b's multipliers, which is what a per-row b is bound by.
 
 A promotion takes about as long as the other warpgroup's chain, so nothing else may stand between the end of one chain and the start
 of the next: barriers are waited for and signalled while a chain runs. That asks for a stage of shared memory more than otherwise.
@@ -16,6 +17,7 @@ All that touches Gluon, which is experimental, is in this file.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -53,29 +55,23 @@ def _tile_coordinates(tile, num_m, num_n):
 
 
 @gluon.jit
-def _turn(num_tiles, second, third, at_once):
-    """This program's first tile and the end of its turn's tiles; see `turns`."""
-    program = gl.program_id(0)
-    turn = program // at_once
-    begin = gl.where(turn == 0, 0, gl.where(turn == 1, second, third))
-    end = gl.where(turn == 0, second, gl.where(turn == 1, third, num_tiles))
-    return begin + program % at_once, end
-
-
-@gluon.jit
 def _load_tiles(
-    a_desc, b_desc, a_dq_desc, b_dq_desc, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, ready, empty, M, N, K, a_dq_k, b_dq_k,
-    second, third, at_once, B_PER_ROW: gl.constexpr,
+    a_desc, b_desc, a_dq_desc, b_dq_desc, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, tile_bufs, ready, empty, counter_ptr,
+    M, N, K, a_dq_k, b_dq_k, B_PER_ROW: gl.constexpr,
 ):  # fmt: skip
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     num_m = gl.cdiv(M, BM)
     num_n = gl.cdiv(N, BN)
+    num_tiles = num_m * num_n
     stage = 0
     phase = 1
-    first, end = _turn(num_m * num_n, second, third, at_once)
-    for tile in range(first, end, at_once):
+    tile = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    while tile < num_tiles:
         pm, pn = _tile_coordinates(tile, num_m, num_n)
         for k in range(gl.cdiv(K, 128)):
             mbarrier.wait(empty.index(stage), phase)
+            if k == 0:
+                tile_bufs.index(stage).store(gl.full([1], tile, gl.int32, layout=L))
             bar = ready.index(stage)
             if B_PER_ROW:
                 mbarrier.expect(bar, (BM + BN) * 132)
@@ -89,6 +85,20 @@ def _load_tiles(
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
+        # The stages are full, which hides the latency.
+        tile = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    if tile == num_tiles + gl.num_programs(0) - 1:
+        # Each program asks once in vain; this was the last of them, and the counter is as it was.
+        gl.store(counter_ptr, 0)
+    mbarrier.wait(empty.index(stage), phase)
+    tile_bufs.index(stage).store(gl.full([1], -1, gl.int32, layout=L))
+    mbarrier.arrive(ready.index(stage), count=1)
+
+
+@gluon.jit
+def _next_tile(tile_buf):
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(tile_buf.load(L), 0)
 
 
 @gluon.jit
@@ -114,8 +124,8 @@ def _slices(x, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _multiply_tiles(
-    WARPGROUP: gl.constexpr, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, ready, empty,
-    M, N, K, b_dq_n, b_dq_k, second, third, at_once, B_PER_ROW: gl.constexpr,
+    WARPGROUP: gl.constexpr, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, tile_bufs, ready, empty,
+    M, N, K, b_dq_n, b_dq_k, B_PER_ROW: gl.constexpr,
 ):  # fmt: skip
     C_COLUMNS: gl.constexpr = c_desc.block_type.shape[1]
     # While the chain of which part barriers are dealt with. The first is the earlier, which keeps the stages filled; a promotion with
@@ -129,8 +139,9 @@ def _multiply_tiles(
     c_buf = c_bufs.index(WARPGROUP)
     stage = 0
     phase = 0
-    first, end = _turn(num_m * num_n, second, third, at_once)
-    for tile in range(first, end, at_once):
+    mbarrier.wait(ready.index(stage), phase)
+    tile = _next_tile(tile_bufs.index(stage))
+    while tile >= 0:
         pm, pn = _tile_coordinates(tile, num_m, num_n)
         b_dq_ptrs = b_dq_ptr + pn * b_dq_n
         if not B_PER_ROW:
@@ -139,7 +150,6 @@ def _multiply_tiles(
         part = gl.zeros((64, BN), gl.float32, layout=L)
         # Not `stage`: a name that has the same value before the loop as it is given within is taken for a constant.
         last_stage = 0
-        mbarrier.wait(ready.index(stage), phase)
         for k in range(num_k):
             if not B_PER_ROW:
                 # One K block ahead, so that no promotion waits for it.
@@ -181,15 +191,17 @@ def _multiply_tiles(
                 c_buf.store(gl.convert_layout(slices[j], L_C).to(c_desc.dtype))
                 fence_async_shared()
                 _tma_store(c_desc, [pm * BM + (WARPGROUP * 2 + i) * 64, pn * BN + j * C_COLUMNS], c_buf)
+        mbarrier.wait(ready.index(stage), phase)
+        tile = _next_tile(tile_bufs.index(stage))
     tma.store_wait(0)
 
 
 @gluon.jit(
-    do_not_specialize=["M", "N", "K", "a_dq_k", "b_dq_n", "b_dq_k", "second", "third", "at_once"],
-    do_not_specialize_on_alignment=["b_dq_ptr"],
+    do_not_specialize=["M", "N", "K", "a_dq_k", "b_dq_n", "b_dq_k"],
+    do_not_specialize_on_alignment=["b_dq_ptr", "counter_ptr"],
 )
 def _gemm_hopper_kernel(
-    a_desc, b_desc, c_desc, a_dq_desc, b_dq_desc, b_dq_ptr, M, N, K, a_dq_k, b_dq_n, b_dq_k, second, third, at_once,
+    a_desc, b_desc, c_desc, a_dq_desc, b_dq_desc, b_dq_ptr, counter_ptr, M, N, K, a_dq_k, b_dq_n, b_dq_k,
     B_PER_ROW: gl.constexpr,
 ):  # fmt: skip
     """c [M, N] = a [M, K] b [N, K]^T; a_dq_k and b_dq_k are the multipliers' strides along K, b_dq_n b's along blocks of N."""
@@ -201,6 +213,7 @@ def _gemm_hopper_kernel(
         b_dq_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BN], b_dq_desc.layout)
     else:
         b_dq_bufs = a_dq_bufs
+    tile_bufs = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -211,16 +224,16 @@ def _gemm_hopper_kernel(
     gl.warp_specialize(
         [
             (_multiply_tiles, (
-                0, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, ready, empty,
-                M, N, K, b_dq_n, b_dq_k, second, third, at_once, B_PER_ROW,
+                0, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, tile_bufs, ready, empty,
+                M, N, K, b_dq_n, b_dq_k, B_PER_ROW,
             )),
             (_multiply_tiles, (
-                1, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, ready, empty,
-                M, N, K, b_dq_n, b_dq_k, second, third, at_once, B_PER_ROW,
+                1, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, tile_bufs, ready, empty,
+                M, N, K, b_dq_n, b_dq_k, B_PER_ROW,
             )),
             (_load_tiles, (
-                a_desc, b_desc, a_dq_desc, b_dq_desc, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, ready, empty,
-                M, N, K, a_dq_k, b_dq_k, second, third, at_once, B_PER_ROW,
+                a_desc, b_desc, a_dq_desc, b_dq_desc, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, tile_bufs, ready, empty,
+                counter_ptr, M, N, K, a_dq_k, b_dq_k, B_PER_ROW,
             )),
         ],
         [4, 1],
@@ -239,9 +252,6 @@ C_TILE = {
 }
 C_COLUMNS = {dtype: 128 // dtype.itemsize for dtype in C_TILE}
 """A warpgroup stores 64 rows of 128 bytes at a time."""
-
-MIN_WAVES = 4
-"""Tiles per program from which on programs take turns."""
 
 compiled: dict[tuple[int, torch.dtype, bool], Any] = {}
 """(device, c's dtype, b_per_row) -> the compiled kernel: nothing else decides what is compiled."""
@@ -276,19 +286,27 @@ def _columns(dq: torch.Tensor, block: int) -> tuple[_Descriptor, int]:
     return _Descriptor(dq, [(columns - 1) * stride + rows], [1], [block], FP32_VECTOR), stride
 
 
-def turns(tiles: int, at_once: int) -> tuple[int, int, int]:
-    """How many programs there are, and the first tiles of the second and the third turn of `at_once` programs each.
+COUNTERS = 1 << 16
+_counters: dict[int, tuple[torch.Tensor, Iterator[int]]] = {}
+"""device -> zeros, and the addresses of their elements over and over."""
 
-    A program fills a multiprocessor. Where NCCL holds some of them, as many programs wait for one that ends: if each had its share
-    of all tiles, the GEMM would take twice as long. So the first turn takes half of the tiles, the next three tenths, and the last
-    the rest; a turn costs the time that filling the stages takes.
+
+def _counter(like: torch.Tensor) -> int | torch.Tensor:
+    """A zero on the device that no other launch counts with at the same time; the launch leaves it at zero.
+
+    They are used in turn: for two launches to meet, more would have to be under way than all streams can hold. A launch that a
+    CUDA graph records has its own, for the graph may be replayed beside any other launch.
     """
-    waves = ceil_div(tiles, at_once)
-    if waves < MIN_WAVES:
-        return at_once, tiles, tiles
-    second = (waves + 1) // 2
-    third = second + (waves - second) * 3 // 5
-    return 3 * at_once, second * at_once, third * at_once
+    if torch.cuda.is_current_stream_capturing():
+        return like.new_zeros(1, dtype=torch.int32)
+    device = like.get_device()
+    if device not in _counters:
+        zeros = like.new_zeros(COUNTERS, dtype=torch.int32)
+        torch.cuda.synchronize(device)  # the next launch may be on another stream
+        first = zeros.data_ptr()
+        # Of two threads one is heard, and both go on with its zeros.
+        _counters.setdefault(device, (zeros, cycle(range(first, first + 4 * COUNTERS, 4))))
+    return next(_counters[device][1])
 
 
 def multiply_scaled(
@@ -300,7 +318,7 @@ def multiply_scaled(
     b_per_row: bool,
     multiprocessors: int,
 ) -> None:
-    """Write a b^T into c.
+    """Write a b^T into c. The same bits whichever program takes which tile.
 
     Args:
         a_q: [M, K] float8_e4m3fn, rows contiguous and at multiples of 16 bytes; M, K >= 1.
@@ -328,17 +346,17 @@ def multiply_scaled(
         b_dq_desc,
     )
     tiles = ceil_div(M, BM.value) * ceil_div(N, BN.value)
-    at_once = min(tiles, multiprocessors)
-    programs, second, third = turns(tiles, at_once)
-    numbers = (M, N, K, a_dq_k, b_dq_n, b_dq_k, second, third, at_once, b_per_row)
-    grid = (programs, 1, 1)
+    numbers = (M, N, K, a_dq_k, b_dq_n, b_dq_k, b_per_row)
+    grid = (min(tiles, multiprocessors), 1, 1)
     key = (a_q.get_device(), c.dtype, b_per_row)
     if kernel := compiled.get(key):
-        # An address spares the launcher a call of the driver.
-        start(kernel, key[0], grid, (*descriptors, b_dq.data_ptr(), *numbers))
+        # Addresses spare the launcher calls of the driver.
+        start(kernel, key[0], grid, (*descriptors, b_dq.data_ptr(), _counter(a_q), *numbers))
     else:
         with assembler_for(b_per_row):
-            compiled[key] = _gemm_hopper_kernel[grid](*descriptors, b_dq, *numbers, **OPTIONS)
+            compiled[key] = _gemm_hopper_kernel[grid](
+                *descriptors, b_dq, a_q.new_zeros(1, dtype=torch.int32), *numbers, **OPTIONS
+            )
 
 
 @contextmanager
