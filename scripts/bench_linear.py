@@ -383,9 +383,10 @@ def bench_subject(
         if exact is None and converter != BF16:
             candidates[key] = {"failed": "not measured: bf16, which it is to be compared with, was not"}
             continue
-        tuned = any(done == converter for done, _ in steps)
-        if not tuned and CONVERTERS[converter].tunes > seconds - (time.monotonic() - began):
-            candidates[key] = {"failed": "not measured: its kernels tune themselves for minutes; give more --seconds"}
+        tunes = 0.0 if any(done == converter for done, _ in steps) else CONVERTERS[converter].tunes
+        if tunes > seconds - (time.monotonic() - began):
+            why = "its kernels tune themselves for minutes" if tunes else "time was up"
+            candidates[key] = {"failed": f"not measured: {why}; give more --seconds"}
             continue
         try:
             # The weights are the subject's: gradients alone are a candidate's own.

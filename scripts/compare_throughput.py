@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Speed:
     percentile) / median. memory: peak of a process in GiB, first steps included; active: that of its tensors, without what the
     allocator holds besides (None in results from before it was recorded). loss: of the last step. first_step: seconds from
     the start of training to the end of step 1, compilation included; startup: from the launch of the processes to there.
+    steps: (step, tokens per second and process) of each logged interval, first ones included.
     """
 
     tps: float
@@ -68,6 +69,7 @@ class Speed:
     first_step: float | None
     startup: float
     active: float | None = None
+    steps: list[tuple[int, float]] = field(default_factory=list)
 
 
 def measured(steps: Sequence[Step], skip: int) -> list[Step]:
@@ -82,6 +84,7 @@ def speed_of(
     return Speed(
         tps=statistics.median(tps),
         tps_spread=spread(tps) if len(tps) > 1 else 0.0,
+        steps=[(step.step, step.tps) for step in steps],
         memory=max(step.memory for step in steps),
         loss=steps[-1].loss,
         first_step=first_step,

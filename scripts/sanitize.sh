@@ -43,9 +43,9 @@ for tool in "${tools[@]}"; do
     echo "sanitize.sh: $tool"
     status=0
     # Without PyTorch's cache every tensor is an allocation with bounds. The compiler's processes are none of this. API errors
-    # that matter raise in Python; PyTorch provokes and handles others.
+    # that matter raise in Python; PyTorch provokes and handles others. Importing PyTorch takes a busy machine its time.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --target-processes application-only \
-        --report-api-errors no --error-exitcode 9 --print-limit 1000 \
+        --launch-timeout 120 --report-api-errors no --error-exitcode 9 --print-limit 1000 \
         "$PYTHON" -m tests.sanitized "${few[@]+"${few[@]}"}" 2>&1 | tee "$log" || status=$?
     # Its own summary decides: the exit code tells neither warnings nor a tool that did not start.
     if [ $status -ne 0 ] || ! grep -qF "$clean" "$log" || ! grep -qx 'every kernel has run' "$log"; then

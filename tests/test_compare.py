@@ -157,6 +157,7 @@ def test_first_steps_are_left_out_with_the_interval_they_are_in() -> None:
 def test_the_speed_of_a_run() -> None:
     speed = compare.speed_of(steps([1.0, 50.0, 90.0, 100.0, 110.0]), 2, 7.5, 9.0)
     assert speed.tps == 100 and speed.tps_spread == pytest.approx(16 / 100)
+    assert speed.steps == [(1, 1.0), (2, 50.0), (3, 90.0), (4, 100.0), (5, 110.0)]
     assert speed.loss == pytest.approx(5.2) and (speed.memory, speed.first_step, speed.startup) == (10, 7.5, 9)
     assert compare.speed_of(steps([1.0, 50.0]), 1, None, 9.0).tps_spread == 0
 
