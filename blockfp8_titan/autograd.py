@@ -131,9 +131,13 @@ def refuse_double_backward() -> None:
         )
 
 
-def shares_weights(x: QuantizedInput, recomputation: Recomputation) -> bool:
-    """Whether forward and backward of these are in one graph, in which two calls of one op on one weight become one."""
-    wants_dx = torch.is_grad_enabled() and x.carrier.requires_grad
+def shares_weights(wants_dx: bool, recomputation: Recomputation) -> bool:
+    """Whether forward and backward of these are in one graph, in which two calls of one op on one weight become one.
+
+    Args:
+        wants_dx: what the weight multiplies requires a gradient.
+    """
+    wants_dx = wants_dx and torch.is_grad_enabled()
     return torch.compiler.is_compiling() and wants_dx and not recomputation.columns_apart
 
 
@@ -213,5 +217,5 @@ def blockwise_fp8_matmul(
         output_dtype(x.carrier),
         recipe,
         recomputation.output,
-        shares_weights(x, recomputation),
+        shares_weights(x.carrier.requires_grad, recomputation),
     )

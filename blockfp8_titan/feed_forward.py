@@ -3,8 +3,9 @@
     gate, up [M,F] = x w1^T, x w3^T          dgate, dup <- dh, gate, up: quantised in the kernel that computes them
     h        [M,F] = silu(gate) * up:        dx  = dgate w1 + dup w3
              quantised in the same kernel    dw1 = dgate^T x,   dw3 = dup^T x
+    y        [M,K] = h w2^T                  dh  = dy w2,       dw2 = dy^T h: of h computed again, with dgate and dup
 
-gate and up themselves are in bf16 and kept for backward.
+gate and up themselves are in bf16 and kept for backward; of h nothing is.
 """
 
 from functools import cache
@@ -45,7 +46,7 @@ class GatedFeedForward(nn.Module):
         gate, down, up = self.w1, self.w2, self.w3
         if isinstance(x, DTensor) or obstacle(Member.of(gate), Member.of(down), Member.of(up)):
             return super().forward(x)
-        return down(gated_half(x, gate, up, down))
+        return gated_feed_forward(x, gate, up, down)
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         # Pickle finds classes by name, and this one was made for its original.
@@ -73,23 +74,26 @@ def obstacle(gate: Member, down: Member, up: Member) -> str:
     return ""
 
 
-def gated_half(
+def gated_feed_forward(
     x: Tensor | QuantizedInput, gate: BlockwiseFP8Linear, up: BlockwiseFP8Linear, down: BlockwiseFP8Linear
-) -> QuantizedInput:
-    """silu(gate(x)) * up(x), [..., F], quantised for `down`.
+) -> Tensor:
+    """down(silu(gate(x)) * up(x)).
 
     Args:
         x: [..., K] bf16 or fp32, quantised already or not.
+    Returns:
+        [..., K]: as `down` returns it.
     """
     recipe = gate.recipe
     for linear in (gate, up):
         linear.check_input(x)
-    training = torch.is_grad_enabled()
-    wants_dw = training and (gate.weight.requires_grad or up.weight.requires_grad)
+    upstream_weights = gate.weight.requires_grad or up.weight.requires_grad
+    wants_dw = torch.is_grad_enabled() and upstream_weights
     if not isinstance(x, QuantizedInput):
         x = quantize_input(x, recipe, columns=wants_dw, columns_apart=gate.recomputation.columns_apart)
-    weights = [linear.known_weight() for linear in (gate, up)]
-    dtype, as_backward = output_dtype(x.carrier), shares_weights(x, gate.recomputation)
+    weights = [linear.known_weight() for linear in (gate, up, down)]
+    dtype = output_dtype(x.carrier)
+    as_backward = shares_weights(x.carrier.requires_grad, gate.recomputation)
     with torch.no_grad():
         gate_2d, up_2d = (
             ops.gemm_1x128_128x128(
@@ -99,36 +103,29 @@ def gated_half(
                 backend=recipe.gemm_backend,
                 recomputed=linear.recomputation.output,
             )
-            for weight, linear in zip(weights, (gate, up), strict=True)
+            for weight, linear in zip(weights, (gate, up), strict=False)
         )
-        quantized = _quantize_swiglu(gate_2d, up_2d, down, training and down.weight.requires_grad)
-    carrier = _GatedHalf.apply(
+        rows = ops.swiglu_quantize_1x128(gate_2d, up_2d, "rows", recipe.scale_format, backend=recipe.quantize_backend)
+    h = QuantizedInput(carrier_like(gate_2d, (*x.shape[:-1], gate_2d.shape[1])), rows, None, recipe.scale_format)
+    down.check_input(h)
+    y = _GatedFeedForward.apply(
         x.carrier,
-        *weights[0],
-        *weights[1],
+        *(tensor for weight in weights for tensor in weight),
         gate_2d,
         up_2d,
         *(x.columns_for_dw() if wants_dw else (None, None)),
+        *rows,
         recipe,
+        down.recipe,
+        down.recomputation.output,
         as_backward,
+        shares_weights(x.carrier.requires_grad or upstream_weights, down.recomputation),
     )
-    return QuantizedInput(carrier, tuple(quantized[:2]), tuple(quantized[2:]) or None, recipe.scale_format)
+    return y if down.bias is None else y + down.bias.to(y.dtype)
 
 
-def _quantize_swiglu(gate: Tensor, up: Tensor, down: BlockwiseFP8Linear, columns: bool) -> tuple[Tensor, ...]:
-    """Payload and multipliers of the rows of silu(gate) * up, and the same of its columns if asked for."""
-
-    def run(layout: ops.Layout) -> tuple[Tensor, ...]:
-        recipe = down.recipe
-        return ops.swiglu_quantize_1x128(gate, up, layout, recipe.scale_format, backend=recipe.quantize_backend)
-
-    if not columns:
-        return run("rows")
-    return (*run("rows"), *run("columns")) if down.recomputation.columns_apart else run("both")
-
-
-class _GatedHalf(torch.autograd.Function):
-    """Connects x, w1 and w3 to the carrier of h; see the module's docstring."""
+class _GatedFeedForward(torch.autograd.Function):
+    """y from gate and up, and what backward is to know of x; see the module's docstring."""
 
     @staticmethod
     def forward(
@@ -142,44 +139,75 @@ class _GatedHalf(torch.autograd.Function):
         w3_q: Tensor | None,
         w3_dq: Tensor | None,
         w3t_q: Tensor | None,
+        w2: Tensor,
+        w2_q: Tensor | None,
+        w2_dq: Tensor | None,
+        w2t_q: Tensor | None,
         gate: Tensor,
         up: Tensor,
         xt_q: Tensor | None,
         xt_dq: Tensor | None,
+        h_q: Tensor,
+        h_dq: Tensor,
         recipe: Recipe,
+        down_recipe: Recipe,
+        recomputed: bool,
         as_backward: bool,
+        down_as_backward: bool,
     ) -> Tensor:
-        kept = KnownWeight(w1, w1_q, w1_dq, w1t_q).to_keep() + KnownWeight(w3, w3_q, w3_dq, w3t_q).to_keep()
-        ctx.save_for_backward(*kept, gate, up, xt_q, xt_dq)
-        ctx.x_shape, ctx.x_dtype, ctx.w1_dtype, ctx.w3_dtype = x.shape, x.dtype, w1.dtype, w3.dtype
-        ctx.recipe, ctx.as_backward = recipe, as_backward
-        return carrier_like(gate, (*x.shape[:-1], gate.shape[1]))
+        down = KnownWeight(w2, w2_q, w2_dq, w2t_q)
+        weights = (KnownWeight(w1, w1_q, w1_dq, w1t_q), KnownWeight(w3, w3_q, w3_dq, w3t_q), down)
+        ctx.save_for_backward(*(tensor for weight in weights for tensor in weight.to_keep()), gate, up, xt_q, xt_dq)
+        ctx.x_shape, ctx.x_dtype, ctx.w_dtypes = x.shape, x.dtype, [w.dtype for w in (w1, w3, w2)]
+        ctx.recipe, ctx.down_recipe = recipe, down_recipe
+        ctx.as_backward, ctx.down_as_backward = as_backward, down_as_backward
+        y = ops.gemm_1x128_128x128(
+            h_q,
+            h_dq,
+            *down.along_rows(down_recipe, as_backward=down_as_backward),
+            gate.dtype,
+            backend=down_recipe.gemm_backend,
+            recomputed=recomputed,
+        )
+        return y.view(*x.shape[:-1], w2.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         saved = ctx.saved_tensors
-        w1, w3, (gate, up, *x_columns) = KnownWeight(*saved[:4]), KnownWeight(*saved[4:8]), saved[8:]
-        wants_dx, wants_dw1, wants_dw3 = (ctx.needs_input_grad[i] for i in (0, 1, 5))
+        w1, w3, w2 = (KnownWeight(*saved[i : i + 4]) for i in (0, 4, 8))
+        gate, up, *x_columns = saved[12:]
+        wants_dx, wants_dw1, wants_dw3, wants_dw2 = (ctx.needs_input_grad[i] for i in (0, 1, 5, 9))
         recipe = ctx.recipe
-        options = {"backend": recipe.gemm_backend}
-        dgate, dup = ops.swiglu_backward_quantize_1x128_both(
-            dh.reshape(-1, dh.shape[-1]), gate, up, recipe.scale_format, backend=recipe.quantize_backend
-        )
-        dx = dw1 = dw3 = None
+        quantizing = {"scale_format": recipe.scale_format, "backend": recipe.quantize_backend}
+        options, down_options = ({"backend": r.gemm_backend} for r in (recipe, ctx.down_recipe))
+        dx = dw1 = dw3 = dw2 = None
+
+        quantize = ops.quantize_1x128_both if wants_dw2 else ops.quantize_1x128
+        quantized = quantize(dy.reshape(-1, dy.shape[-1]), **quantizing)
+        h: tuple[Tensor, ...] = ()
+        if wants_dx or wants_dw1 or wants_dw3:
+            w2_columns = w2.along_columns(ctx.down_recipe, quantized[0], as_forward=ctx.down_as_backward)
+            dh = ops.gemm_1x128_128x128(*quantized[:2], *w2_columns, gate.dtype, **down_options)
+            dgate, dup, *rest = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, with_h=wants_dw2, **quantizing)
+            h = rest[0] if rest else ()
+        else:
+            h = ops.swiglu_quantize_1x128(gate, up, "columns", **quantizing)
+        if wants_dw2:
+            dw2 = ops.gemm_1x128_1x128(*quantized[2:], *h, ctx.w_dtypes[2], **down_options)
         if wants_dx:
             w1_columns, w3_columns = (
-                weight.along_columns(recipe, dy[0], as_forward=ctx.as_backward)
-                for weight, dy in ((w1, dgate), (w3, dup))
+                weight.along_columns(recipe, dy_q[0], as_forward=ctx.as_backward)
+                for weight, dy_q in ((w1, dgate), (w3, dup))
             )
             dx = ops.gemm_1x128_128x128(*dgate[:2], *w1_columns, ctx.x_dtype, **options)
             dx = dx + ops.gemm_1x128_128x128(*dup[:2], *w3_columns, ctx.x_dtype, **options)
             dx = dx.view(ctx.x_shape)
         if wants_dw1:
-            dw1 = ops.gemm_1x128_1x128(*dgate[2:], *x_columns, ctx.w1_dtype, **options)
+            dw1 = ops.gemm_1x128_1x128(*dgate[2:], *x_columns, ctx.w_dtypes[0], **options)
         if wants_dw3:
-            dw3 = ops.gemm_1x128_1x128(*dup[2:], *x_columns, ctx.w3_dtype, **options)
-        return dx, dw1, None, None, None, dw3, *([None] * 9)
+            dw3 = ops.gemm_1x128_1x128(*dup[2:], *x_columns, ctx.w_dtypes[1], **options)
+        return dx, dw1, None, None, None, dw3, None, None, None, dw2, *([None] * 14)
 
 
 def fuse_feed_forward(module: nn.Module) -> None:

@@ -83,6 +83,10 @@ def _swiglu_gradients(dh: Tensor, gate: Tensor, up: Tensor) -> Tensors:
     return torch.ops.aten.silu_backward(dh * up, gate), dh * F.silu(gate)
 
 
+def _swiglu_gradients_and_h(dh: Tensor, gate: Tensor, up: Tensor) -> Tensors:
+    return *_swiglu_gradients(dh, gate, up), *_swiglu(gate, up)
+
+
 def _matrices(count: int) -> Callable[[int, int, torch.device], Tensors]:
     def draw(m: int, k: int, device: torch.device) -> Tensors:
         return tuple(torch.randn(m, k, device=device, dtype=torch.bfloat16) for _ in range(count))
@@ -119,32 +123,40 @@ def _fused_swiglu_gradients(dh: Tensor, gate: Tensor, up: Tensor) -> Tensors:
     return *dgate, *dup
 
 
+def _fused_swiglu_gradients_and_h(dh: Tensor, gate: Tensor, up: Tensor) -> Tensors:
+    dgate, dup, h = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, with_h=True)
+    return *dgate, *dup, *h
+
+
 @dataclass(frozen=True)
 class Subject:
     """A fused op, and the computation and quantisation that it stands for.
 
-    of: which tensors of a model, "dim" and "hidden" with a row for each token or "weight". reads: how often fused reads its first
-    input.
+    of: which tensors of a model, "dim" and "hidden" with a row for each token or "weight". quantizers: of each of the results that
+    are computed. reads: how often fused reads its first input.
     """
 
     of: str
     inputs: Callable[[int, int, torch.device], Tensors]
     fused: Callable[..., Tensors]
     compute: Callable[..., Tensors]
-    quantizer: Quantizer
+    quantizers: tuple[Quantizer, ...]
     reads: int = 1
 
 
 SUBJECTS = {
-    "rms_norm rows": Subject("dim", _norm_inputs, _fused_norm("rows"), _norm, ROWS),
-    "rms_norm columns, rstd given": Subject("dim", _norm_inputs_and_rstd, _fused_norm_columns, _norm, COLUMNS),
-    "rms_norm both": Subject("dim", _norm_inputs, _fused_norm("both"), _norm, BOTH, reads=2),
+    "rms_norm rows": Subject("dim", _norm_inputs, _fused_norm("rows"), _norm, (ROWS,)),
+    "rms_norm columns, rstd given": Subject("dim", _norm_inputs_and_rstd, _fused_norm_columns, _norm, (COLUMNS,)),
+    "rms_norm both": Subject("dim", _norm_inputs, _fused_norm("both"), _norm, (BOTH,), reads=2),
     **{
-        f"swiglu {layout}": Subject("hidden", _matrices(2), _fused_swiglu(layout), _swiglu, quantizer)
+        f"swiglu {layout}": Subject("hidden", _matrices(2), _fused_swiglu(layout), _swiglu, (quantizer,))
         for layout, quantizer in LAYOUTS.items()
     },
-    "swiglu_backward both": Subject("hidden", _matrices(3), _fused_swiglu_gradients, _swiglu_gradients, BOTH),
-    "quantize_128x128_both": Subject("weight", _matrices(1), ops.quantize_128x128_both, _identity, BLOCKS),
+    "swiglu_backward both": Subject("hidden", _matrices(3), _fused_swiglu_gradients, _swiglu_gradients, (BOTH, BOTH)),
+    "swiglu_backward both, h columns": Subject(
+        "hidden", _matrices(3), _fused_swiglu_gradients_and_h, _swiglu_gradients_and_h, (BOTH, BOTH, COLUMNS)
+    ),
+    "quantize_128x128_both": Subject("weight", _matrices(1), ops.quantize_128x128_both, _identity, (BLOCKS,)),
 }
 
 
@@ -161,19 +173,17 @@ def shapes(suite: Sequence[tuple[str, int]]) -> list[Shape]:
 
 
 def contenders(subject: Subject) -> list[Contender]:
-    quantizer = subject.quantizer
-
     def error(inputs: Tensors) -> Callable[[Tensors], float]:
         """The greatest relative error of the tensors that are quantised, in each of their layouts."""
 
         def of(outs: Tensors) -> float:
             errors = []
             exacts = subject.compute(*(x.float() for x in inputs))
-            results = len(quantizer.quantize(inputs[0][:16]))
-            for i, exact in enumerate(exacts):
-                for j, transposed in enumerate(quantizer.transposed):
-                    q, dq = outs[i * results + 2 * j :][:2]
+            for exact, quantizer in zip(exacts, subject.quantizers, strict=True):
+                for i, transposed in enumerate(quantizer.transposed):
+                    q, dq = outs[2 * i : 2 * i + 2]
                     errors.append(relative_error(exact.t() if transposed else exact, quantizer.dequantize(q, dq)))
+                outs = outs[len(quantizer.quantize(inputs[0][:16])) :]
             return max(errors)
 
         return of
@@ -185,10 +195,11 @@ def contenders(subject: Subject) -> list[Contender]:
     def pair(compute: Callable[..., Tensors]) -> Callable[[Tensors], Candidate]:
         def prepare(inputs: Tensors) -> Candidate:
             def run() -> Tensors:
-                return tuple(out for x in compute(*inputs) for out in quantizer.quantize(x))
+                computed = zip(compute(*inputs), subject.quantizers, strict=True)
+                return tuple(out for x, quantizer in computed for out in quantizer.quantize(x))
 
             between = () if subject.compute is _identity else 2 * compute(*inputs)
-            again = run()[:1] if quantizer.rereads else ()
+            again = run()[:1] if subject.quantizers[0].rereads else ()
             return Candidate(run, (*inputs, *between, *again), error(inputs), QUANTIZE_BOUND)
 
         return prepare

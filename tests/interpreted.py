@@ -148,9 +148,15 @@ def check_producers(kind, shape, dtype, scale_format):
         check_equal(outs, quantize(y, scale_format), "rms_norm", layout, *case)
         outs = producer_ops._cuda_rms_norm(gate, weight, 1e-5, layout, scale_format, rstd, "auto")
         check_equal(outs, quantize(y, scale_format), "rms_norm, given rstd", layout, *case)
-    outs = producer_ops._cuda_swiglu_backward(dh, gate, up, scale_format, "auto")
     both = reference.quantize_1x128_both
-    check_equal(outs, (*both(dgate, scale_format), *both(dup, scale_format)), "swiglu_backward", *case)
+    expected = (
+        *both(dgate, scale_format),
+        *both(dup, scale_format),
+        *reference.quantize_1x128_columns(h, scale_format),
+    )
+    for with_h in (False, True):
+        outs = producer_ops._cuda_swiglu_backward(dh, gate, up, scale_format, with_h, "auto")
+        check_equal(outs, expected if with_h else expected[:8], "swiglu_backward", with_h, *case)
 
 
 def check_shards(kind, whole, split):

@@ -68,8 +68,11 @@ def produce(M: int, K: int, dtype: torch.dtype) -> None:
         check_equal("rms_norm_quantize_1x128", outs, quantize(y))
         *outs, _ = ops.rms_norm_quantize_1x128(gate, weight, 1e-5, layout, rstd=rstd)
         check_equal("rms_norm_quantize_1x128, rstd given", outs, quantize(y))
-    for outs, x in zip(ops.swiglu_backward_quantize_1x128_both(dh, gate, up), (dgate, dup), strict=True):
-        check_equal("swiglu_backward_quantize_1x128_both", outs, ops.quantize_1x128_both(x.cpu()))
+    twins = (*map(ops.quantize_1x128_both, (dgate.cpu(), dup.cpu())), ops.quantize_1x128_columns(h))
+    for with_h in (False, True):
+        results = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, with_h=with_h)
+        for outs, twin in zip(results, twins[: len(results)], strict=True):
+            check_equal("swiglu_backward_quantize_1x128_both", outs, twin)
 
 
 def gemm(M: int, N: int, K: int, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -45,6 +45,7 @@ def test_intermediate_tensors_count_twice(result) -> None:
         ("rms_norm both", 1, 2, 1, 2),
         ("swiglu both", 2, 2, 1, 2),
         ("swiglu_backward both", 3, 3, 2, 4),
+        ("swiglu_backward both, h columns", 3, 3, 3, 5),
     ):
         fused, pair = candidates[name]["fused"]["bytes"], candidates[name]["pair"]["bytes"]
         small = 4 * 48 * (payloads + 2)  # multipliers, weight, rstd

@@ -151,7 +151,7 @@ QUANTISING = ("rms_norm_quantize_1x128", "swiglu_quantize_1x128", "quantize_1x12
 def test_a_compiled_checkpoint_quantises_rows_in_forward_and_columns_in_backward():
     forward, backward = map(graph_calls, compiled_step("gemm", columns_apart=True))
     assert [forward.calls[name] for name in QUANTISING] == [2, 1, 1, 0]
-    assert [backward.calls[name] for name in QUANTISING] == [2, 1, 0, 1]
+    assert [backward.calls[name] for name in QUANTISING] == [2, 0, 0, 1]  # h's columns come with SwiGLU's gradients
     assert (forward.gemms, backward.gemms) == (7, 14)
 
 

@@ -91,7 +91,7 @@ def test_launches_of_a_compiled_block():
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_bytes_kept_for_backward(mode):
-    """Of a block, against bf16: what the seven linears keep of their inputs is one byte an element, and nothing twice."""
+    """Of a block, against bf16: what linears keep of their inputs is one byte an element, of w2's nothing, and nothing twice."""
     tokens, K, N = 512, 256, 768
     kept = {}
     for converted in (False, True):
@@ -112,7 +112,7 @@ def test_bytes_kept_for_backward(mode):
     # Compiled, the fp8 block keeps each weight's transpose in fp8 too: 4 K x K and 3 N x K of them, and their multipliers.
     weights = (4 * K * K + 3 * N * K) * (1 + 4 / 128**2) if mode == "compiled" else 0
     spared = kept[False] - kept[True] - others + 2 * tokens * K + weights
-    assert spared >= (1 - 0.55) * linears, (spared, linears)
+    assert spared >= linears - 1.05 * tokens * 3 * K, (spared, linears)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])

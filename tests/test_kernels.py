@@ -99,13 +99,19 @@ CASES = {
     "swiglu_backward": (
         producers._quantize_swiglu_gradients_kernel,
         {"dh_ptr": "*bf16", "gate_ptr": "*bf16", "up_ptr": "*bf16"},
-        {"RUN": 4, "PADDED": False, "POW2": False},
+        {"WITH_H": True, "RUN": 4, "PADDED": False, "POW2": False},
+        {"num_warps": 8, "maxnreg": 128},
+    ),
+    "swiglu_backward, gradients alone": (
+        producers._quantize_swiglu_gradients_kernel,
+        {"dh_ptr": "*bf16", "gate_ptr": "*bf16", "up_ptr": "*bf16"},
+        {"WITH_H": False, "RUN": 4, "PADDED": False, "POW2": False},
         {"num_warps": 8, "maxnreg": 128},
     ),
     "swiglu_backward, padded": (
         producers._quantize_swiglu_gradients_kernel,
         {"dh_ptr": "*fp32", "gate_ptr": "*fp32", "up_ptr": "*fp32"},
-        {"RUN": 4, "PADDED": True, "POW2": True},
+        {"WITH_H": True, "RUN": 4, "PADDED": True, "POW2": True},
         {"num_warps": 8},
     ),
     "rms_norm, whole rows": (

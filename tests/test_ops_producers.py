@@ -80,6 +80,10 @@ def test_gradients_are_quantised_both_ways():
         results = ops.swiglu_backward_quantize_1x128_both(dh, gate, up)
         for outs, exact in zip(results, reference.swiglu_backward(dh, gate, up), strict=True):
             assert_equal(outs, ops.quantize_1x128_both(exact), shape)
+        *gradients, h = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, with_h=True)
+        for outs, same in zip(gradients, results, strict=True):
+            assert_equal(outs, same, shape)
+        assert_equal(h, ops.swiglu_quantize_1x128(gate, up, "columns"), shape)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -161,9 +165,12 @@ def test_swiglu_kernels_quantise_what_they_compute(kind, dtype, scale_format):
         for layout, quantize in LAYOUTS.items():
             outs = ops.swiglu_quantize_1x128(gate, up, layout, scale_format)
             assert_equal(outs, quantize(h, scale_format, backend="reference"), kind, shape, layout)
-        results = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, scale_format)
-        for outs, exact in zip(results, (dgate, dup), strict=True):
-            assert_equal(outs, ops.quantize_1x128_both(exact, scale_format, backend="reference"), kind, shape)
+        exact = [ops.quantize_1x128_both(x, scale_format, backend="reference") for x in (dgate, dup)]
+        exact.append(ops.quantize_1x128_columns(h, scale_format, backend="reference"))
+        for with_h in (False, True):
+            results = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, scale_format, with_h=with_h)
+            for outs, twin in zip(results, exact[: len(results)], strict=True):
+                assert_equal(outs, twin, kind, shape, with_h)
         expected_dgate, expected_dup = reference.swiglu_backward(dh, gate, up)
         for actual, expected, terms in (
             (h, reference.swiglu(gate, up), 0.0),
@@ -206,8 +213,9 @@ def test_opcheck(device, M):
             torch.library.opcheck(torch.ops.blockfp8.rms_norm_quantize_1x128, arguments, test_utils=CHECKS)
         arguments = (x, x + 1, layout, "fp32", "auto")
         torch.library.opcheck(torch.ops.blockfp8.swiglu_quantize_1x128, arguments, test_utils=CHECKS)
-    arguments = (x, x + 1, x + 2, "fp32", "auto")
-    torch.library.opcheck(torch.ops.blockfp8.swiglu_backward_quantize_1x128_both, arguments, test_utils=CHECKS)
+    for with_h in (False, True):
+        arguments = (x, x + 1, x + 2, "fp32", with_h, "auto")
+        torch.library.opcheck(torch.ops.blockfp8.swiglu_backward_quantize_1x128_both, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -135,35 +135,45 @@ def _quantize_swiglu_gradients_kernel(
     dup_dq_ptr,
     dupt_q_ptr,
     dupt_dq_ptr,
+    ht_q_ptr,
+    ht_dq_ptr,
     M,
     K,
     dh_stride,
     gate_stride,
     up_stride,
     xt_stride,
+    WITH_H: tl.constexpr,
     RUN: tl.constexpr,
     PADDED: tl.constexpr,
     POW2: tl.constexpr,
 ):
-    """dh, gate, up [M, K] -> the gradients of gate and up, quantised along rows and columns; xt_stride is that of both transposes.
+    """dh, gate, up [M, K] -> the gradients of gate and up, quantised along rows and columns, and h along columns if WITH_H.
 
-    A program has a tile of one of the two: with both it would need more registers than leave room for a second program. Its
-    neighbour has the same tile of the other, and finds what both read in L2.
+    A program has a tile of one of them: with more it would need more registers than leave room for a second program. Its
+    neighbours have the same tile of the others, and find what all read in L2. xt_stride is that of all transposes.
     """
-    row, column = tl.program_id(1), tl.program_id(0) // 2
-    of_gate = tl.program_id(0) % 2 == 0
+    RESULTS: tl.constexpr = 3 if WITH_H else 2
+    row, column = tl.program_id(1), tl.program_id(0) // RESULTS
+    result = tl.program_id(0) % RESULTS
     m, k, mask = tile_in_runs(row, column, M, K, RUN)
-    dh = _load_tile(dh_ptr, row, m, k, dh_stride, mask)
-    gate = _load_tile(gate_ptr, row, m, k, gate_stride, mask)
-    if of_gate:
+    if result == 2:
+        gate = _load_tile(gate_ptr, row, m, k, gate_stride, mask)
         up = _load_tile(up_ptr, row, m, k, up_stride, mask)
-        x_q_ptr, x_dq_ptr, xt_q_ptr, xt_dq_ptr = dgate_q_ptr, dgate_dq_ptr, dgatet_q_ptr, dgatet_dq_ptr
-        dx = _round_to(gate_gradient(to_fp32(dh), to_fp32(gate), to_fp32(up)), gate_ptr)
+        h = _round_to(swiglu(to_fp32(gate), to_fp32(up)), gate_ptr)
+        store_columns(h, row, column, m, k, ht_q_ptr, ht_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
     else:
-        x_q_ptr, x_dq_ptr, xt_q_ptr, xt_dq_ptr = dup_q_ptr, dup_dq_ptr, dupt_q_ptr, dupt_dq_ptr
-        dx = _round_to(up_gradient(to_fp32(dh), to_fp32(gate)), gate_ptr)
-    store_rows(dx, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
-    store_columns(dx, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
+        dh = _load_tile(dh_ptr, row, m, k, dh_stride, mask)
+        gate = _load_tile(gate_ptr, row, m, k, gate_stride, mask)
+        if result == 0:
+            up = _load_tile(up_ptr, row, m, k, up_stride, mask)
+            x_q_ptr, x_dq_ptr, xt_q_ptr, xt_dq_ptr = dgate_q_ptr, dgate_dq_ptr, dgatet_q_ptr, dgatet_dq_ptr
+            dx = _round_to(gate_gradient(to_fp32(dh), to_fp32(gate), to_fp32(up)), gate_ptr)
+        else:
+            x_q_ptr, x_dq_ptr, xt_q_ptr, xt_dq_ptr = dup_q_ptr, dup_dq_ptr, dupt_q_ptr, dupt_dq_ptr
+            dx = _round_to(up_gradient(to_fp32(dh), to_fp32(gate)), gate_ptr)
+        store_rows(dx, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
+        store_columns(dx, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
 
 
 @triton.jit

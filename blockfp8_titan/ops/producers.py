@@ -90,8 +90,14 @@ def swiglu_quantize_1x128(
 
 
 def swiglu_backward_quantize_1x128_both(
-    dh: Tensor, gate: Tensor, up: Tensor, scale_format: ScaleFormat = "fp32", *, backend: QuantizeBackend = "auto"
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    scale_format: ScaleFormat = "fp32",
+    *,
+    with_h: bool = False,
+    backend: QuantizeBackend = "auto",
+) -> tuple[tuple[Tensor, ...], ...]:
     """Quantise the gradients of gate and up in h = silu(gate) * up: fp32 inside, both rounded once to gate's dtype.
 
     dup = dh silu(gate);  dgate = dh up (s + silu(gate) (1 - s)) with s = sigmoid(gate)
@@ -99,15 +105,18 @@ def swiglu_backward_quantize_1x128_both(
     Args:
         dh, gate, up: [M, K] bf16 or fp32, all of one dtype; K % 16 == 0.
         scale_format: "fp32", or "pow2" to round multipliers up to powers of two.
+        with_h: h's columns too, which the gradient of the weight that h is multiplied with is computed from.
     Returns:
-        dgate and dup, each as `quantize_1x128_both` of it.
+        dgate, dup: each as `quantize_1x128_both` of it.
+        h: with_h alone: as `swiglu_quantize_1x128(gate, up, "columns")`.
     Raises:
         ValueError: names the argument, its value and the requirement.
     """
     check_quantizable(scale_format, backend, dh=dh, gate=gate, up=up)
     _check_alike("gate", gate, dh=dh, up=up)
-    outs = torch.ops.blockfp8.swiglu_backward_quantize_1x128_both.default(dh, gate, up, scale_format, backend)
-    return outs[:4], outs[4:]
+    op = torch.ops.blockfp8.swiglu_backward_quantize_1x128_both.default
+    outs = tuple(op(dh, gate, up, scale_format, with_h, backend))
+    return (outs[:4], outs[4:8], outs[8:]) if with_h else (outs[:4], outs[4:])
 
 
 def _check_vector(name: str, vector: Tensor, dtypes: tuple[torch.dtype, ...], x: Tensor, dim: int) -> None:
@@ -158,9 +167,9 @@ def _allocate_swiglu(gate: Tensor, up: Tensor, layout: Layout, scale_format: str
 
 
 def _allocate_swiglu_backward(
-    dh: Tensor, gate: Tensor, up: Tensor, scale_format: str, backend: str
-) -> tuple[Tensor, ...]:
-    return *_allocate(gate, "both"), *_allocate(gate, "both")
+    dh: Tensor, gate: Tensor, up: Tensor, scale_format: str, with_h: bool, backend: str
+) -> list[Tensor]:
+    return _allocate(gate, "both") + _allocate(gate, "both") + (_allocate(gate, "columns") if with_h else [])
 
 
 # Reference
@@ -190,10 +199,11 @@ def _reference_swiglu(
 
 
 def _reference_swiglu_backward(
-    dh: Tensor, gate: Tensor, up: Tensor, scale_format: ScaleFormat, backend: str
-) -> tuple[Tensor, ...]:
+    dh: Tensor, gate: Tensor, up: Tensor, scale_format: ScaleFormat, with_h: bool, backend: str
+) -> list[Tensor]:
     dgate, dup = reference.swiglu_backward(dh, gate, up)
-    return *_quantize(dgate, "both", scale_format), *_quantize(dup, "both", scale_format)
+    h = _reference_swiglu(gate, up, "columns", scale_format, backend) if with_h else []
+    return _quantize(dgate, "both", scale_format) + _quantize(dup, "both", scale_format) + h
 
 
 # CUDA
@@ -313,22 +323,23 @@ def _cuda_swiglu(gate: Tensor, up: Tensor, layout: Layout, scale_format: ScaleFo
 
 
 def _cuda_swiglu_backward(
-    dh: Tensor, gate: Tensor, up: Tensor, scale_format: ScaleFormat, backend: str
-) -> tuple[Tensor, ...]:
+    dh: Tensor, gate: Tensor, up: Tensor, scale_format: ScaleFormat, with_h: bool, backend: str
+) -> list[Tensor]:
     if use_reference(gate, backend):
-        return _reference_swiglu_backward(dh, gate, up, scale_format, backend)
-    outs = _allocate_swiglu_backward(dh, gate, up, scale_format, backend)
+        return _reference_swiglu_backward(dh, gate, up, scale_format, with_h, backend)
+    outs = _allocate_swiglu_backward(dh, gate, up, scale_format, with_h, backend)
     dh, gate, up = map(contiguous_rows, (dh, gate, up))
     M, K = gate.shape
     if M:
         columns, rows, _ = tiles(M, K)
         strides = (dh.stride(0), gate.stride(0), up.stride(0), outs[2].stride(0))
         padded = outs[2].stride(0) != M
+        pointers = outs if with_h else [*outs, *outs[:2]]  # those that the kernel does not use have to be something
         launch(
             kernels("producers")._quantize_swiglu_gradients_kernel,
-            (2 * columns, rows, 1),
-            (dh, gate, up, *outs, M, K, *strides),
-            (4, padded, scale_format == "pow2"),
+            ((3 if with_h else 2) * columns, rows, 1),
+            (dh, gate, up, *pointers, M, K, *strides),
+            (with_h, 4, padded, scale_format == "pow2"),
             num_warps=8,
             maxnreg=128 if _fits_a_cap(gate, padded) else None,
         )
@@ -349,8 +360,8 @@ define(
     fake=_allocate_swiglu,
 )
 define(
-    "swiglu_backward_quantize_1x128_both(Tensor dh, Tensor gate, Tensor up, str scale_format, str backend)"
-    f" -> ({', '.join(['Tensor'] * 8)})",
+    "swiglu_backward_quantize_1x128_both(Tensor dh, Tensor gate, Tensor up, str scale_format, bool with_h, str backend)"
+    " -> Tensor[]",
     reference=_reference_swiglu_backward,
     cuda=_cuda_swiglu_backward,
     fake=_allocate_swiglu_backward,
