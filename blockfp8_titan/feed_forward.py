@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from . import ops
-from .activation import QuantizedInput, alteration, carrier_like, quantize_input
+from .activation import QuantizedInput, alteration, quantize_input
 from .autograd import KnownWeight, output_dtype, refuse_double_backward, shares_weights
 from .linear import BlockwiseFP8Linear
 from .recipe import Recipe
@@ -103,11 +103,10 @@ def gated_feed_forward(
                 backend=recipe.gemm_backend,
                 recomputed=linear.recomputation.output,
             )
-            for weight, linear in zip(weights, (gate, up), strict=False)
+            for weight, linear in zip(weights[:2], (gate, up), strict=True)
         )
+        down.check_input(gate_2d)
         rows = ops.swiglu_quantize_1x128(gate_2d, up_2d, "rows", recipe.scale_format, backend=recipe.quantize_backend)
-    h = QuantizedInput(carrier_like(gate_2d, (*x.shape[:-1], gate_2d.shape[1])), rows, None, recipe.scale_format)
-    down.check_input(h)
     y = _GatedFeedForward.apply(
         x.carrier,
         *(tensor for weight in weights for tensor in weight),
@@ -191,10 +190,12 @@ class _GatedFeedForward(torch.autograd.Function):
             dh = ops.gemm_1x128_128x128(*quantized[:2], *w2_columns, gate.dtype, **down_options)
             dgate, dup, *rest = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, with_h=wants_dw2, **quantizing)
             h = rest[0] if rest else ()
+            del dh, rest  # memory: the GEMMs below need neither
         else:
             h = ops.swiglu_quantize_1x128(gate, up, "columns", **quantizing)
         if wants_dw2:
             dw2 = ops.gemm_1x128_1x128(*quantized[2:], *h, ctx.w_dtypes[2], **down_options)
+        del quantized, h
         if wants_dx:
             w1_columns, w3_columns = (
                 weight.along_columns(recipe, dy_q[0], as_forward=ctx.as_backward)

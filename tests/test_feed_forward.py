@@ -1,12 +1,15 @@
 """blockfp8_titan.feed_forward: a gated feed-forward that quantises its intermediate results."""
 
 import copy
+import itertools
 import pickle
+from functools import partial
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from blockfp8_titan import BlockwiseFP8Linear, Recipe
 from blockfp8_titan.feed_forward import GatedFeedForward, fuse_feed_forward
@@ -90,6 +93,31 @@ def test_what_needs_no_gradient_costs_no_gemm(device):
     assert frozen.gemms == 6 and frozen.calls["quantize_1x128"] == 2  # x; and dy for dx
     with torch.no_grad():
         assert gemms(fused, x, backward=False).gemms == 3
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_every_choice_of_what_is_trained_has_its_gradients(checkpointed):
+    fused, plain = feed_forwards()
+    for module in (fused, plain):
+        module.w2.bias = nn.Parameter(torch.ones(144))
+    tensors = ("x", "w1.weight", "w2.weight", "w3.weight", "w2.bias")
+    for wanted in itertools.product([False, True], repeat=len(tensors)):
+        if not any(wanted):
+            continue
+        x, dy = torch.randn(40, 144), torch.randn(40, 144)
+        found = []
+        for module in (fused, plain):
+            inputs = {"x": x.clone(), **dict(module.named_parameters())}
+            for name, wants in zip(tensors, wanted, strict=True):
+                inputs[name].requires_grad_(wants).grad = None
+            run = partial(checkpoint, module, use_reentrant=False) if checkpointed else module
+            run(inputs["x"]).backward(dy)
+            found.append({name: inputs[name].grad for name in tensors})
+        for name, wants in zip(tensors, wanted, strict=True):
+            after, before = (gradients[name] for gradients in found)
+            assert (after is not None) == (before is not None) == wants, (name, wanted)
+            # Unfused, silu is rounded before it is multiplied.
+            assert not wants or torch.equal(after, before) or sqnr(before, after) > 24, (name, wanted)
 
 
 def test_the_feed_forward_quantises_once():

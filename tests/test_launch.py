@@ -123,10 +123,10 @@ def calls_of_the_package(run):
 
 
 @pytest.mark.parametrize(
-    "name, bound", [("quantize_1x128", 46), ("quantize_1x128_both", 68), ("quantize_128x128", 46), ("gemm", 46)]
+    "name, bound", [("quantize_1x128", 46), ("quantize_1x128_both", 68), ("quantize_128x128", 46), ("gemm", 45)]
 )
 def test_host_work_of_a_call_stays_small(name, bound, on_cpu, monkeypatch):
-    """Calls, not a time, which would depend on the machine. There are 42, 65, 42 and 42."""
+    """Calls, not a time, which would depend on the machine. There are 42, 65, 42 and 41."""
     monkeypatch.setattr(backend, "resolve_quantize_backend", lambda device: "triton")
     monkeypatch.setattr(quantize, "is_hopper", lambda device: True)
     for module, found in ((quantize, "quantize"), (gemm, "gemm_hopper")):
@@ -134,6 +134,7 @@ def test_host_work_of_a_call_stays_small(name, bound, on_cpu, monkeypatch):
         stand_in = types.SimpleNamespace(**vars(real))
         if found == "gemm_hopper":
             monkeypatch.setattr(real, "compiled", {})
+            monkeypatch.setattr(real, "_zeros", lambda device: torch.zeros(4, dtype=torch.int32))
             monkeypatch.setattr(real, "_gemm_hopper_kernel", Kernel())
         else:
             for kernel in [k for k in vars(real) if k.endswith("_kernel")]:
@@ -143,7 +144,6 @@ def test_host_work_of_a_call_stays_small(name, bound, on_cpu, monkeypatch):
     monkeypatch.setattr(gemm, "is_hopper", lambda device: True)
     monkeypatch.setattr(gemm, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     x = torch.zeros(256, 256, dtype=torch.bfloat16)
     x_q, x_dq = blockfp8_titan.ops.quantize_1x128(x)
     if name == "gemm":

@@ -167,6 +167,19 @@ def test_cublas_names_the_size_it_does_not_take(kind):
 
 
 @pytest.mark.gpu
+def test_counters_of_tiles_are_used_again(monkeypatch):
+    from blockfp8_titan.kernels import gemm_hopper
+
+    monkeypatch.setattr(gemm_hopper, "COUNTERS", 3)
+    monkeypatch.setattr(gemm_hopper, "_counters", {})
+    args = operands("1x128_128x128", 515, 528, 640, device="cuda")
+    first, *others = (gemm("1x128_128x128", *args, backend="triton") for _ in range(8))
+    assert all(torch.equal(first, other) for other in others)
+    for zeros, _ in gemm_hopper._counters.values():
+        assert zeros.shape == (3,) and not zeros.any()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_side_by_side_and_replayed(kind):
     """Programs of a launch share a counter of tiles: no two launches at a time may, recorded ones neither, and each leaves it at zero."""

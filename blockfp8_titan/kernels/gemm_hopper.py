@@ -1,10 +1,10 @@
 """The blockwise-scaled GEMM for Hopper, in Gluon: c = a b^T with one fp32 promotion per 128 of K.
 
-Persistent programs, one to a multiprocessor, take 256x128 tiles from a common counter. Fixed shares would double the time while NCCL
-holds multiprocessors: as many programs begin when others have ended. In each program one warp brings tiles of a and b, and a's
-multipliers, into shared memory by TMA; two warpgroups multiply and promote. Each warpgroup owns two parts of 64 rows: every part of a K
-block is a fresh wgmma chain, whose result is scaled and added to the part's fp32 accumulator in registers while the tensor cores
-work for the other warpgroup. The two parts share one read of b's multipliers, which is what a per-row b is bound by.
+Persistent programs, one to a multiprocessor, take 256x128 tiles from a common counter. With fixed shares, those that NCCL keeps from
+starting would begin their whole share when others have ended, which doubles the time. In each program one warp brings tiles of a and
+b, and a's multipliers, into shared memory by TMA; two warpgroups multiply and promote. Each warpgroup owns two parts of 64 rows:
+every part of a K block is a fresh wgmma chain, whose result is scaled and added to the part's fp32 accumulator in registers while
+the tensor cores work for the other warpgroup. The two parts share one read of b's multipliers, which is what a per-row b is bound by.
 
 A promotion takes about as long as the other warpgroup's chain, so nothing else may stand between the end of one chain and the start
 of the next: barriers are waited for and signalled while a chain runs. That asks for a stage of shared memory more than otherwise.
@@ -16,8 +16,9 @@ All that touches Gluon, which is experimental, is in this file.
 # ruff: noqa: RUF005, SIM108
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import count
 from typing import Any
 
 import torch
@@ -288,25 +289,32 @@ def _columns(dq: torch.Tensor, block: int) -> tuple[_Descriptor, int]:
 
 COUNTERS = 1 << 16
 _counters: dict[int, tuple[torch.Tensor, Iterator[int]]] = {}
-"""device -> zeros, and the addresses of their elements over and over."""
+"""device -> zeros, and how many launches have taken one."""
 
 
 def _counter(like: torch.Tensor) -> int | torch.Tensor:
-    """A zero on the device that no other launch counts with at the same time; the launch leaves it at zero.
+    """The address of a zero on the device that no other launch counts with at the same time; the launch leaves it at zero.
 
-    They are used in turn: for two launches to meet, more would have to be under way than all streams can hold. A launch that a
+    They are used in turn: two launches would meet if 65,536 were issued between the one's being issued and its end. A launch that a
     CUDA graph records has its own, for the graph may be replayed beside any other launch.
     """
     if torch.cuda.is_current_stream_capturing():
         return like.new_zeros(1, dtype=torch.int32)
     device = like.get_device()
     if device not in _counters:
-        zeros = like.new_zeros(COUNTERS, dtype=torch.int32)
-        torch.cuda.synchronize(device)  # the next launch may be on another stream
-        first = zeros.data_ptr()
+        # The memory pool of a CUDA graph, to which a thread may be bound, would take them back. No other thread is bound to it.
+        with ThreadPoolExecutor(1) as thread:
+            zeros = thread.submit(_zeros, device).result()
         # Of two threads one is heard, and both go on with its zeros.
-        _counters.setdefault(device, (zeros, cycle(range(first, first + 4 * COUNTERS, 4))))
-    return next(_counters[device][1])
+        _counters.setdefault(device, (zeros, count()))
+    zeros, taken = _counters[device]
+    return zeros.data_ptr() + 4 * (next(taken) % COUNTERS)
+
+
+def _zeros(device: int) -> torch.Tensor:
+    zeros = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    torch.cuda.current_stream(device).synchronize()  # other streams use them
+    return zeros
 
 
 def multiply_scaled(
