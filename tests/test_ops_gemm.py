@@ -175,6 +175,7 @@ def test_counters_of_tiles_are_used_again(monkeypatch):
     args = operands("1x128_128x128", 515, 528, 640, device="cuda")
     first, *others = (gemm("1x128_128x128", *args, backend="triton") for _ in range(8))
     assert all(torch.equal(first, other) for other in others)
+    assert len(gemm_hopper._counters) == is_hopper(args[0].device)
     for zeros, _ in gemm_hopper._counters.values():
         assert zeros.shape == (3,) and not zeros.any()
 

@@ -219,7 +219,7 @@ def test_runs_on_other_machines_have_columns_of_their_own(tmp_path: Path, bf16: 
     assert "| torch | 2.11.0 | 2.13.0 |" in make(tmp_path, bf16, fp8)[1]
 
 
-@pytest.mark.parametrize("name", ["loss_8b_8l_compiled", "loss_debug_eager", "e2e_8b"])
+@pytest.mark.parametrize("name", ["loss_8b_8l_compiled", "loss_8b_8l_1000", "loss_debug_eager", "e2e_8b"])
 def test_the_projects_results_make_a_report(tmp_path: Path, name: str) -> None:
     result = json.loads((RESULTS / f"{name}.json").read_text())
     html, markdown = make(tmp_path, RESULTS / f"{name}.json")

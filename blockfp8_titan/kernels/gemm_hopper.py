@@ -353,9 +353,8 @@ def multiply_scaled(
         a_dq_desc,
         b_dq_desc,
     )
-    tiles = ceil_div(M, BM.value) * ceil_div(N, BN.value)
     numbers = (M, N, K, a_dq_k, b_dq_n, b_dq_k, b_per_row)
-    grid = (min(tiles, multiprocessors), 1, 1)
+    grid = (min(ceil_div(M, BM.value) * ceil_div(N, BN.value), multiprocessors), 1, 1)
     key = (a_q.get_device(), c.dtype, b_per_row)
     if kernel := compiled.get(key):
         # Addresses spare the launcher calls of the driver.

@@ -157,6 +157,7 @@ def _quantize_swiglu_gradients_kernel(
     row, column = tl.program_id(1), tl.program_id(0) // RESULTS
     result = tl.program_id(0) % RESULTS
     m, k, mask = tile_in_runs(row, column, M, K, RUN)
+    # gate is loaded in each branch: where it is before them, the code of Triton 3.9 spills.
     if result == 2:
         gate = _load_tile(gate_ptr, row, m, k, gate_stride, mask)
         up = _load_tile(up_ptr, row, m, k, up_stride, mask)
