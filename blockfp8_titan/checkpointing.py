@@ -13,7 +13,8 @@ def recomputed_outputs(report: ConversionReport, ac_save: ActivationSave) -> lis
     "balanced" keeps, in each repeated block, as many bytes as selective checkpointing of a bf16 model does by keeping the output of
     every second matrix product: at most half. Per byte kept, what is spared grows with in_features, which hardly differ, so the
     largest outputs that fit are kept; of equal ones the later, which in Llama leaves those to recompute that share an input.
-    Outputs that backward does not need (of a feed-forward's last Linear, which is only added) are kept besides, as there.
+    Outputs of which a fused feed-forward keeps fp8 are half as large, and are kept both or neither, before all others: they spare twice
+    as much. Outputs that backward does not need (of a feed-forward's last Linear, which is only added) are kept besides, as there.
 
     Args:
         report: of the conversion.
@@ -22,7 +23,11 @@ def recomputed_outputs(report: ConversionReport, ac_save: ActivationSave) -> lis
     in_fp8 = [row for row in report.rows if row.in_fp8]
     if ac_save != "balanced":
         return in_fp8 if ac_save == "none" else []
-    unneeded = {fusion.linears[-1] for fusion in report.fusions if fusion.kind == "feed_forward"}
+    feed_forwards = [fusion for fusion in report.fusions if fusion.kind == "feed_forward"]
+    unneeded = {fusion.linears[-1] for fusion in feed_forwards}
+    together = {
+        fqn: fusion.fqn for fusion in feed_forwards if fusion.swiglu_inputs == "fp8" for fqn in fusion.linears[:-1]
+    }
     blocks: dict[str, list[Row]] = {}
     for row in in_fp8:
         block = _block_of(row.fqn)
@@ -31,11 +36,16 @@ def recomputed_outputs(report: ConversionReport, ac_save: ActivationSave) -> lis
     kept: set[str] = set()
     for rows in blocks.values():
         room = sum(row.shape[0] for row in rows) // 2
-        # A stable sort, of the reversed order.
-        for row in sorted(reversed(rows), key=lambda row: -row.shape[0]):
-            if row.shape[0] <= room:
-                room -= row.shape[0]
-                kept.add(row.fqn)
+        units: dict[str, list[Row]] = {}
+        for row in reversed(rows):
+            names = (row.fqn, *row.aliases)
+            units.setdefault(next((together[name] for name in names if name in together), row.fqn), []).append(row)
+        # Bytes per token over two; a stable sort, of the reversed order.
+        sizes = {name: sum(row.shape[0] for row in unit) // len(unit) for name, unit in units.items()}
+        for name, unit in sorted(units.items(), key=lambda item: (-len(item[1]), -sizes[item[0]])):
+            if sizes[name] <= room:
+                room -= sizes[name]
+                kept.update(row.fqn for row in unit)
     return [row for rows in blocks.values() for row in rows if row.fqn not in kept]
 
 
@@ -44,8 +54,8 @@ def prepare_for_checkpointing(
 ) -> None:
     """Tell the modules of a converted model how activation checkpointing will treat them, in place.
 
-    Selective checkpointing by op keeps what calls `torch.ops.blockfp8.gemm_1x128_128x128.default`, if its policy says so, and not
-    what calls the overload `.recomputed`.
+    Selective checkpointing by op keeps what `torch.ops.blockfp8.gated_feed_forward.default` and `.gemm_1x128_128x128.default` return, if
+    its policy says so, and not what the latter's overload `.recomputed` does.
 
     Args:
         report: of the conversion.

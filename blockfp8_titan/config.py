@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 
 import tyro
 
-from .recipe import Fuse, GemmBackend, Recipe, ScaleFormat, WeightGradient
+from .recipe import Fuse, GemmBackend, Recipe, ScaleFormat, SwiGLUInputs, WeightGradient
 from .recomputation import ActivationSave
 from .rules import PlacedRule, Rule, load_rules_file, rules_from
 
@@ -71,6 +71,12 @@ class BlockwiseFP8:
     Llama, Qwen or DeepSeek blocks, "off" nowhere.
     """
 
+    swiglu_inputs: SwiGLUInputs = "bf16"
+    """
+    What fused feed-forwards keep of w1(x) and w3(x), SwiGLU's inputs, for backward: "bf16" the values; "fp8" e4m3 in groups of 128,
+    half of the bytes, so that checkpointing by op need not compute them again, at some accuracy of gradients.
+    """
+
     ac_save: ActivationSave = "balanced"
     """
     Which outputs of fp8 GEMMs selective activation checkpointing by op keeps: "gemm" all, the fastest; "balanced" as many bytes as
@@ -99,7 +105,11 @@ class BlockwiseFP8:
         for name in ("fp8_all_gather", "cache_weight"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"[blockwise_fp8] {name} = {value!r}: must be true or false")
-        for name, choices in (("fuse", Fuse), ("ac_save", ActivationSave)):
+        for name, choices in (
+            ("fuse", Fuse),
+            ("swiglu_inputs", SwiGLUInputs),
+            ("ac_save", ActivationSave),
+        ):
             if (value := getattr(self, name)) not in get_args(choices):
                 allowed = ", ".join(map(repr, get_args(choices)))
                 raise ValueError(f"[blockwise_fp8] {name} = {value!r}: must be one of {allowed}")

@@ -13,7 +13,7 @@ from .autograd import FLOATS
 from .fqns import collapse
 from .fusion import Fusion, apply_fusions, describe_fusions, plan_fusions
 from .linear import BlockwiseFP8Linear
-from .recipe import Fuse, Recipe
+from .recipe import Fuse, Recipe, SwiGLUInputs
 from .rules import PlacedRule, Rule, check_rules_apply, decide, rules_from
 from .weight import gather_in_fp8
 
@@ -164,6 +164,7 @@ def plan_conversion(
     *,
     recipe: Recipe = Recipe(),
     fuse: Fuse = "auto",
+    swiglu_inputs: SwiGLUInputs = "bf16",
 ) -> ConversionReport:
     """Decide about every nn.Linear of a model, without a change to it.
 
@@ -172,12 +173,14 @@ def plan_conversion(
         rules: in order, the first match decides; as `Rule` or as dicts with its keys.
         recipe: how a converted Linear computes where its rule says nothing.
         fuse: "auto" lets norms and feed-forwards that `fusion` knows quantise what they compute; "off" none.
+        swiglu_inputs: what fused feed-forwards keep of w1(x) and w3(x) for backward: "bf16" the values, "fp8" quantised.
     Raises:
         ValueError: names the rule or the FQN and the way out. The model is a Linear itself, is sharded, or is converted already;
             a rule is malformed or matches no Linear; one module has two names for which the decisions differ.
     """
-    if fuse not in get_args(Fuse):
-        raise ValueError(f"fuse = {fuse!r}: must be one of {', '.join(map(repr, get_args(Fuse)))}")
+    for name, value, choices in (("fuse", fuse, Fuse), ("swiglu_inputs", swiglu_inputs, SwiGLUInputs)):
+        if value not in get_args(choices):
+            raise ValueError(f"{name} = {value!r}: must be one of {', '.join(map(repr, get_args(choices)))}")
     if isinstance(model, nn.Linear):
         raise ValueError(
             f"model is itself a {type(model).__name__} and cannot be swapped in place: "
@@ -220,7 +223,7 @@ def plan_conversion(
         model_parameters,
         sum(fp8_parameters.values()),
         tuple(warnings),
-        fusions=plan_fusions(model, recipes, fuse),
+        fusions=plan_fusions(model, recipes, fuse, swiglu_inputs),
     )
 
 
@@ -230,6 +233,7 @@ def convert_model(
     *,
     recipe: Recipe = Recipe(),
     fuse: Fuse = "auto",
+    swiglu_inputs: SwiGLUInputs = "bf16",
 ) -> ConversionReport:
     """Swap the Linears that the rules choose for `BlockwiseFP8Linear`, in place.
 
@@ -242,7 +246,7 @@ def convert_model(
     Returns:
         One row for each nn.Linear: what happened to it and why.
     """
-    report = plan_conversion(model, rules, recipe=recipe, fuse=fuse)
+    report = plan_conversion(model, rules, recipe=recipe, fuse=fuse, swiglu_inputs=swiglu_inputs)
     swaps: dict[nn.Module, BlockwiseFP8Linear] = {}
     for row in report.rows:
         if row.action == "convert":

@@ -185,7 +185,13 @@ class BlockwiseFP8Converter:
         """
         try:
             fuse = fuse_beside(self.section, self.tensor_parallel_degree)
-            report = convert_model(model, self.rules, recipe=self.section.recipe(), fuse=fuse)
+            report = convert_model(
+                model,
+                self.rules,
+                recipe=self.section.recipe(),
+                fuse=fuse,
+                swiglu_inputs=self.section.swiglu_inputs,
+            )
         except ValueError as error:
             raise ValueError(f"[{NAME}] {error}") from error
         if self.fp8_all_gather:
@@ -224,14 +230,15 @@ class BlockwiseFP8Converter:
 
 
 def save_fp8_gemms_under_selective_checkpointing(model_name: str) -> None:
-    """Let selective activation checkpointing by op save the output of the forward fp8 GEMM, as it saves that of a bf16 one.
+    """Let selective activation checkpointing by op save the output of the forward fp8 GEMM, as it saves that of a bf16 one, and what
+    feed-forwards that are one op keep.
 
     The list of ops to save belongs to a model family's module; families without one have nothing to add to.
     """
     parallelize = sys.modules[get_train_spec(model_name).parallelize_fn.__module__]
     save_list = getattr(parallelize, "_op_sac_save_list", None)
     if save_list is not None:
-        save_list.add(torch.ops.blockfp8.gemm_1x128_128x128.default)
+        save_list.update((torch.ops.blockfp8.gemm_1x128_128x128.default, torch.ops.blockfp8.gated_feed_forward.default))
 
 
 def _rank() -> int:

@@ -5,7 +5,8 @@
              quantised in the same kernel    dw1 = dgate^T x,   dw3 = dup^T x
     y        [M,K] = h w2^T                  dh  = dy w2,       dw2 = dy^T h: of h computed again, with dgate and dup
 
-gate and up themselves are in bf16 and kept for backward; of h nothing is.
+gate and up themselves are kept for backward, in bf16 or, at half of the bytes, quantised in the kernel that computes h; of h nothing
+is. In fp8 they cost dw2, dgate and dup some of their accuracy; y does not depend on it.
 """
 
 from functools import cache
@@ -20,7 +21,7 @@ from . import ops
 from .activation import QuantizedInput, alteration, quantize_input
 from .autograd import KnownWeight, output_dtype, refuse_double_backward, shares_weights
 from .linear import BlockwiseFP8Linear
-from .recipe import Recipe
+from .recipe import Recipe, SwiGLUInputs
 
 
 class Member(NamedTuple):
@@ -42,11 +43,13 @@ class GatedFeedForward(nn.Module):
     Where it cannot be followed (hooks on members, DTensors, a recipe changed since) it is the original forward, unfused.
     """
 
+    swiglu_inputs: SwiGLUInputs
+
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:
         gate, down, up = self.w1, self.w2, self.w3
         if isinstance(x, DTensor) or obstacle(Member.of(gate), Member.of(down), Member.of(up)):
             return super().forward(x)
-        return gated_feed_forward(x, gate, up, down)
+        return gated_feed_forward(x, gate, up, down, self.swiglu_inputs)
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         # Pickle finds classes by name, and this one was made for its original.
@@ -75,12 +78,18 @@ def obstacle(gate: Member, down: Member, up: Member) -> str:
 
 
 def gated_feed_forward(
-    x: Tensor | QuantizedInput, gate: BlockwiseFP8Linear, up: BlockwiseFP8Linear, down: BlockwiseFP8Linear
+    x: Tensor | QuantizedInput,
+    gate: BlockwiseFP8Linear,
+    up: BlockwiseFP8Linear,
+    down: BlockwiseFP8Linear,
+    swiglu_inputs: SwiGLUInputs,
 ) -> Tensor:
     """down(silu(gate(x)) * up(x)).
 
     Args:
         x: [..., K] bf16 or fp32, quantised already or not.
+        swiglu_inputs: what is kept of gate(x) and up(x) for backward: "bf16" the values, in the dtype computed in; "fp8" quantised,
+            unless activation checkpointing keeps neither.
     Returns:
         [..., K]: as `down` returns it.
     """
@@ -91,40 +100,30 @@ def gated_feed_forward(
     wants_dw = torch.is_grad_enabled() and upstream_weights
     if not isinstance(x, QuantizedInput):
         x = quantize_input(x, recipe, columns=wants_dw, columns_apart=gate.recomputation.columns_apart)
-    weights = [linear.known_weight() for linear in (gate, up, down)]
-    dtype = output_dtype(x.carrier)
-    as_backward = shares_weights(x.carrier.requires_grad, gate.recomputation)
-    with torch.no_grad():
-        gate_2d, up_2d = (
-            ops.gemm_1x128_128x128(
-                *x.rows,
-                *weight.along_rows(recipe, as_backward=as_backward),
-                dtype,
-                backend=recipe.gemm_backend,
-                recomputed=linear.recomputation.output,
-            )
-            for weight, linear in zip(weights[:2], (gate, up), strict=True)
-        )
-        down.check_input(gate_2d)
-        rows = ops.swiglu_quantize_1x128(gate_2d, up_2d, "rows", recipe.scale_format, backend=recipe.quantize_backend)
+    # Not for dw2 alone, which h is computed from their values for; nor where nothing is kept.
+    wants_gradients = torch.is_grad_enabled() and (x.carrier.requires_grad or upstream_weights)
+    inputs_in_fp8 = swiglu_inputs == "fp8" and wants_gradients and not gate.recomputation.output
     y = _GatedFeedForward.apply(
         x.carrier,
-        *(tensor for weight in weights for tensor in weight),
-        gate_2d,
-        up_2d,
+        *(tensor for linear in (gate, up, down) for tensor in linear.known_weight()),
+        *x.rows,
         *(x.columns_for_dw() if wants_dw else (None, None)),
-        *rows,
+        output_dtype(x.carrier),
         recipe,
         down.recipe,
-        down.recomputation.output,
-        as_backward,
+        tuple(linear.recomputation.output for linear in (gate, up, down)),
+        inputs_in_fp8,
+        shares_weights(x.carrier.requires_grad, gate.recomputation),
         shares_weights(x.carrier.requires_grad or upstream_weights, down.recomputation),
     )
     return y if down.bias is None else y + down.bias.to(y.dtype)
 
 
 class _GatedFeedForward(torch.autograd.Function):
-    """y from gate and up, and what backward is to know of x; see the module's docstring."""
+    """See the module's docstring.
+
+    Of x, rows are multiplied here and columns kept for dw1 and dw3.
+    """
 
     @staticmethod
     def forward(
@@ -142,32 +141,42 @@ class _GatedFeedForward(torch.autograd.Function):
         w2_q: Tensor | None,
         w2_dq: Tensor | None,
         w2t_q: Tensor | None,
-        gate: Tensor,
-        up: Tensor,
+        x_q: Tensor,
+        x_dq: Tensor,
         xt_q: Tensor | None,
         xt_dq: Tensor | None,
-        h_q: Tensor,
-        h_dq: Tensor,
+        dtype: torch.dtype,
         recipe: Recipe,
         down_recipe: Recipe,
-        recomputed: bool,
+        recomputed: tuple[bool, bool, bool],
+        inputs_in_fp8: bool,
         as_backward: bool,
         down_as_backward: bool,
     ) -> Tensor:
-        down = KnownWeight(w2, w2_q, w2_dq, w2t_q)
-        weights = (KnownWeight(w1, w1_q, w1_dq, w1t_q), KnownWeight(w3, w3_q, w3_dq, w3t_q), down)
-        ctx.save_for_backward(*(tensor for weight in weights for tensor in weight.to_keep()), gate, up, xt_q, xt_dq)
-        ctx.x_shape, ctx.x_dtype, ctx.w_dtypes = x.shape, x.dtype, [w.dtype for w in (w1, w3, w2)]
+        gate_weight, up_weight = KnownWeight(w1, w1_q, w1_dq, w1t_q), KnownWeight(w3, w3_q, w3_dq, w3t_q)
+        down_weight = KnownWeight(w2, w2_q, w2_dq, w2t_q)
+        w1_rows, w3_rows = (w.along_rows(recipe, as_backward=as_backward) for w in (gate_weight, up_weight))
+        w2_rows = down_weight.along_rows(down_recipe, as_backward=down_as_backward)
+        if inputs_in_fp8:
+            y, gate, up = ops.gated_feed_forward(
+                (x_q, x_dq),
+                *(w1_rows, w3_rows, w2_rows, dtype, recipe.scale_format),
+                backend=recipe.gemm_backend,
+                down_backend=down_recipe.gemm_backend,
+                quantize_backend=recipe.quantize_backend,
+            )
+        else:
+            gate, up = (
+                (ops.gemm_1x128_128x128(x_q, x_dq, *rows, dtype, backend=recipe.gemm_backend, recomputed=again), None)
+                for rows, again in ((w1_rows, recomputed[0]), (w3_rows, recomputed[1]))
+            )
+            h = ops.swiglu_quantize_1x128(gate[0], up[0], "rows", recipe.scale_format, backend=recipe.quantize_backend)
+            y = ops.gemm_1x128_128x128(*h, *w2_rows, dtype, backend=down_recipe.gemm_backend, recomputed=recomputed[2])
+        weights = (gate_weight, up_weight, down_weight)
+        ctx.save_for_backward(*(t for w in weights for t in w.to_keep()), *gate, *up, xt_q, xt_dq)
+        ctx.x_shape, ctx.x_dtype, ctx.w_dtypes, ctx.dtype = x.shape, x.dtype, [w.dtype for w in (w1, w3, w2)], dtype
         ctx.recipe, ctx.down_recipe = recipe, down_recipe
         ctx.as_backward, ctx.down_as_backward = as_backward, down_as_backward
-        y = ops.gemm_1x128_128x128(
-            h_q,
-            h_dq,
-            *down.along_rows(down_recipe, as_backward=down_as_backward),
-            gate.dtype,
-            backend=down_recipe.gemm_backend,
-            recomputed=recomputed,
-        )
         return y.view(*x.shape[:-1], w2.shape[0])
 
     @staticmethod
@@ -175,7 +184,7 @@ class _GatedFeedForward(torch.autograd.Function):
         refuse_double_backward()
         saved = ctx.saved_tensors
         w1, w3, w2 = (KnownWeight(*saved[i : i + 4]) for i in (0, 4, 8))
-        gate, up, *x_columns = saved[12:]
+        gate, gate_dq, up, up_dq, *x_columns = saved[12:]
         wants_dx, wants_dw1, wants_dw3, wants_dw2 = (ctx.needs_input_grad[i] for i in (0, 1, 5, 9))
         recipe = ctx.recipe
         quantizing = {"scale_format": recipe.scale_format, "backend": recipe.quantize_backend}
@@ -187,8 +196,10 @@ class _GatedFeedForward(torch.autograd.Function):
         h: tuple[Tensor, ...] = ()
         if wants_dx or wants_dw1 or wants_dw3:
             w2_columns = w2.along_columns(ctx.down_recipe, quantized[0], as_forward=ctx.down_as_backward)
-            dh = ops.gemm_1x128_128x128(*quantized[:2], *w2_columns, gate.dtype, **down_options)
-            dgate, dup, *rest = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, with_h=wants_dw2, **quantizing)
+            dh = ops.gemm_1x128_128x128(*quantized[:2], *w2_columns, ctx.dtype, **down_options)
+            dgate, dup, *rest = ops.swiglu_backward_quantize_1x128_both(
+                dh, gate, up, gate_dq=gate_dq, up_dq=up_dq, with_h=wants_dw2, **quantizing
+            )
             h = rest[0] if rest else ()
             del dh, rest  # memory: the GEMMs below need neither
         else:
@@ -211,9 +222,10 @@ class _GatedFeedForward(torch.autograd.Function):
         return dx, dw1, None, None, None, dw3, None, None, None, dw2, *([None] * 14)
 
 
-def fuse_feed_forward(module: nn.Module) -> None:
+def fuse_feed_forward(module: nn.Module, swiglu_inputs: SwiGLUInputs) -> None:
     """Give a feed-forward the forward of GatedFeedForward, in place; its members have no `obstacle`."""
     module.__class__ = _fused(type(module))
+    module.swiglu_inputs = swiglu_inputs
 
 
 @cache

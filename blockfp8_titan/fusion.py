@@ -10,7 +10,7 @@ from .activation import alteration
 from .feed_forward import Member, fuse_feed_forward, obstacle
 from .fqns import collapse
 from .norm import quantize_output_of
-from .recipe import Fuse, Recipe
+from .recipe import Fuse, Recipe, SwiGLUInputs
 
 _MODELS = "torchtitan.models"
 _LLAMA_LIKE = [f"{_MODELS}.{name}.model.model" for name in ("llama3", "llama4", "qwen3")]
@@ -45,15 +45,20 @@ class Fusion:
     fused: bool
     reason: str
     """Why it is not fused."""
+    swiglu_inputs: SwiGLUInputs | None = None
+    """Of a fused feed-forward: what it keeps for backward, see `feed_forward.gated_feed_forward`."""
 
 
-def plan_fusions(model: nn.Module, recipes: Mapping[str, Recipe], fuse: Fuse) -> tuple[Fusion, ...]:
+def plan_fusions(
+    model: nn.Module, recipes: Mapping[str, Recipe], fuse: Fuse, swiglu_inputs: SwiGLUInputs
+) -> tuple[Fusion, ...]:
     """Look for modules that can quantise, without a change to the model.
 
     Args:
         model: before or after its Linears are swapped.
         recipes: of the Linears in fp8, by any of their FQNs.
         fuse: "off" gives that as the reason against every one.
+        swiglu_inputs: of the feed-forwards.
     """
     names: dict[nn.Module, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
@@ -63,7 +68,7 @@ def plan_fusions(model: nn.Module, recipes: Mapping[str, Recipe], fuse: Fuse) ->
         for name, into in BLOCKS.get(_class_name(module), {}).items():
             fusions.append(_plan_norm(module, fqn, name, into, recipes, names))
         if _class_name(module) in FEED_FORWARDS:
-            fusions.append(_plan_feed_forward(module, fqn, recipes))
+            fusions.append(_plan_feed_forward(module, fqn, recipes, swiglu_inputs))
     if fuse == "off":
         return tuple(Fusion(f.fqn, f.kind, f.linears, False, 'fuse = "off"') for f in fusions)
     return tuple(fusions)
@@ -75,12 +80,16 @@ def apply_fusions(model: nn.Module, fusions: Collection[Fusion]) -> None:
         if fusion.fused and fusion.kind == "norm":
             quantize_output_of(model.get_submodule(fusion.fqn), model.get_submodule(fusion.linears[0]).recipe)
         elif fusion.fused:
-            fuse_feed_forward(model.get_submodule(fusion.fqn))
+            assert fusion.swiglu_inputs is not None
+            fuse_feed_forward(model.get_submodule(fusion.fqn), fusion.swiglu_inputs)
 
 
 def describe_fusions(fusions: Collection[Fusion]) -> Iterator[str]:
     """Lines for a table; modules that differ in layer numbers only share one."""
-    by_name = collapse(fusions, lambda f: (f.kind, f.fused, f.reason, tuple(name.split(".")[-1] for name in f.linears)))
+    by_name = collapse(
+        fusions,
+        lambda f: (f.kind, f.fused, f.reason, f.swiglu_inputs, tuple(name.split(".")[-1] for name in f.linears)),
+    )
     for fqn, group in by_name:
         first = group[0]
         if not first.fused:
@@ -88,7 +97,10 @@ def describe_fusions(fusions: Collection[Fusion]) -> Iterator[str]:
         elif first.kind == "norm":
             yield f"fused: {fqn} quantises for {', '.join(name.split('.')[-1] for name in first.linears)}"
         else:
-            yield f"fused: {fqn} quantises silu(w1(x)) * w3(x), and in backward the gradients of w1(x) and w3(x)"
+            yield (
+                f"fused: {fqn} quantises silu(w1(x)) * w3(x), and in backward the gradients of w1(x) and w3(x); "
+                f"keeps these in {first.swiglu_inputs}"
+            )
 
 
 def _plan_norm(
@@ -147,10 +159,13 @@ def _linears_obstacle(norm: nn.RMSNorm, linears: Mapping[str, nn.Module], recipe
     return ""
 
 
-def _plan_feed_forward(module: nn.Module, fqn: str, recipes: Mapping[str, Recipe]) -> Fusion:
+def _plan_feed_forward(
+    module: nn.Module, fqn: str, recipes: Mapping[str, Recipe], swiglu_inputs: SwiGLUInputs
+) -> Fusion:
     gate, down, up = (Member(getattr(module, name), recipes.get(_join(fqn, name))) for name in ("w1", "w2", "w3"))
     reason = _alteration_of(module, "it") or obstacle(gate, down, up)
-    return Fusion(fqn, "feed_forward", tuple(_join(fqn, n) for n in ("w1", "w3", "w2")), not reason, reason)
+    linears = tuple(_join(fqn, n) for n in ("w1", "w3", "w2"))
+    return Fusion(fqn, "feed_forward", linears, not reason, reason, None if reason else swiglu_inputs)
 
 
 def _class_name(module: nn.Module) -> str:

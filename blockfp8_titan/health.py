@@ -140,10 +140,16 @@ class Observation:
                 gate, up, layout, *_ = args
                 if layout != "columns":
                     self._activations(lambda rows: [reference.swiglu(gate[rows], up[rows])], [outs[:2]])
+            case "swiglu_quantize_1x128_with_inputs" if not again:
+                gate, up, *_ = args
+                self._activations(lambda rows: [reference.swiglu(gate[rows], up[rows])], [outs[:2]])
             case "swiglu_backward_quantize_1x128_both":
-                dh, gate, up, *_ = args
+                dh, gate, gate_dq, up, up_dq, *_ = args
                 self._activations(
-                    lambda rows: reference.swiglu_backward(dh[rows], gate[rows], up[rows]), [outs[:2], outs[4:6]]
+                    lambda rows: reference.swiglu_backward(
+                        dh[rows], _values(gate, gate_dq, rows), _values(up, up_dq, rows)
+                    ),
+                    [outs[:2], outs[4:6]],
                 )
             case "quantize_128x128" | "quantize_128x128_both":
                 self._weight(args[0], *outs)
@@ -241,6 +247,10 @@ def _address(weight: Tensor) -> int:
     elif isinstance(weight, BlockwiseFP8Weight):
         weight = weight.master
     return weight.data_ptr()
+
+
+def _values(x: Tensor, x_dq: Tensor | None, rows: slice) -> Tensor:
+    return x[rows] if x_dq is None else reference.dequantize_1x128(x[rows], x_dq[rows])
 
 
 def _in_backward() -> bool:

@@ -116,7 +116,8 @@ def plan(job_config: JobConfig, model: nn.Module) -> ConversionReport:
     section = section_of(job_config)
     rules = section.all_rules()
     try:
-        report = plan_conversion(model, rules, recipe=section.recipe(), fuse=fuse_beside(section, degree))
+        fuse = fuse_beside(section, degree)
+        report = plan_conversion(model, rules, recipe=section.recipe(), fuse=fuse, swiglu_inputs=section.swiglu_inputs)
         if job_config.model.name in _supported_models:
             check_tensor_parallel_sizes(report, degree)
     except ValueError as error:

@@ -7,6 +7,7 @@ GemmBackend = Literal["auto", "triton", "cublas", "reference"]
 WeightGradient = Literal["fp8", "bf16", "fp8_block"]
 ScaleFormat = Literal["fp32", "pow2"]
 Fuse = Literal["auto", "off"]
+SwiGLUInputs = Literal["bf16", "fp8"]
 
 
 @dataclass(frozen=True)

@@ -184,8 +184,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up in fp32, rounded once to gate's dtype; any shape."""
-    dtype = gate.dtype
+    """The gradients of gate and up in fp32, rounded once to dh's dtype; any shape."""
+    dtype = dh.dtype
     dh, gate, up = dh.float(), gate.float(), up.float()
     s = torch.sigmoid(gate)
     silu = gate * s

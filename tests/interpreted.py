@@ -155,8 +155,23 @@ def check_producers(kind, shape, dtype, scale_format):
         *reference.quantize_1x128_columns(h, scale_format),
     )
     for with_h in (False, True):
-        outs = producer_ops._cuda_swiglu_backward(dh, gate, up, scale_format, with_h, "auto")
+        outs = producer_ops._cuda_swiglu_backward(dh, gate, None, up, None, scale_format, with_h, "auto")
         check_equal(outs, expected if with_h else expected[:8], "swiglu_backward", with_h, *case)
+    outs = producer_ops._cuda_swiglu_with_inputs(gate, up, scale_format, "auto")
+    rows = [reference.quantize_1x128(x, scale_format) for x in (h, gate, up)]
+    check_equal(outs, [out for pair in rows for out in pair], "swiglu_with_inputs", *case)
+    values = [reference.dequantize_1x128(*pair) for pair in rows[1:]]
+    dgate, dup = elementwise.swiglu_backward(dh.float(), *values)
+    h = elementwise.swiglu(*values)
+    expected = (
+        *both(dgate.to(dtype), scale_format),
+        *both(dup.to(dtype), scale_format),
+        *reference.quantize_1x128_columns(h.to(dtype), scale_format),
+    )
+    for with_h in (False, True):
+        kept = [out for pair in rows[1:] for out in pair]
+        outs = producer_ops._cuda_swiglu_backward(dh, *kept, scale_format, with_h, "auto")
+        check_equal(outs, expected if with_h else expected[:8], "swiglu_backward of payloads", with_h, *case)
 
 
 def check_shards(kind, whole, split):

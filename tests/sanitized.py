@@ -73,6 +73,18 @@ def produce(M: int, K: int, dtype: torch.dtype) -> None:
         results = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, with_h=with_h)
         for outs, twin in zip(results, twins[: len(results)], strict=True):
             check_equal("swiglu_backward_quantize_1x128_both", outs, twin)
+    kept = ops.swiglu_quantize_1x128_with_inputs(gate, up)
+    for outs, values in zip(kept, (h, gate.cpu(), up.cpu()), strict=True):
+        check_equal("swiglu_quantize_1x128_with_inputs", outs, ops.quantize_1x128(values))
+    values = [reference.dequantize_1x128(*pair) for pair in kept[1:]]
+    twins = [
+        x.to(dtype).cpu() for x in (*elementwise.swiglu_backward(dh.float(), *values), elementwise.swiglu(*values))
+    ]
+    (gate_q, gate_dq), (up_q, up_dq) = kept[1:]
+    results = ops.swiglu_backward_quantize_1x128_both(dh, gate_q, up_q, gate_dq=gate_dq, up_dq=up_dq, with_h=True)
+    quantizers = (ops.quantize_1x128_both, ops.quantize_1x128_both, ops.quantize_1x128_columns)
+    for outs, twin, quantize in zip(results, twins, quantizers, strict=True):
+        check_equal("swiglu_backward_quantize_1x128_both, of payloads", outs, quantize(twin))
 
 
 def gemm(M: int, N: int, K: int, dtypes: tuple[torch.dtype, ...]) -> None:

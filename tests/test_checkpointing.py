@@ -17,7 +17,7 @@ from .llama import CountOps, compile_blocks, graph_calls, graph_outputs, model_o
 
 SAVED = (
     _op_sac_save_list
-    | {torch.ops.blockfp8.gemm_1x128_128x128.default}
+    | {torch.ops.blockfp8.gemm_1x128_128x128.default, torch.ops.blockfp8.gated_feed_forward.default}
     # The CPU's attention, which torchtitan's list does not know.
     | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
 )
@@ -25,10 +25,10 @@ KEEPING = "gemm_1x128_128x128"
 RECOMPUTED = "gemm_1x128_128x128.recomputed"
 
 
-def converted(ac_save="gemm", *, mode="op", columns_apart=False, layers=1, dtype=torch.float32):
+def converted(ac_save="gemm", *, mode="op", columns_apart=False, layers=1, dtype=torch.float32, swiglu_inputs="bf16"):
     """A converted model under torchtitan's checkpointing: "op", "full" or "none"."""
     model = model_of(layers=layers, dtype=dtype)
-    report = convert_model(model)
+    report = convert_model(model, swiglu_inputs=swiglu_inputs)
     prepare_for_checkpointing(model, report, ac_save, columns_apart=columns_apart)
     if mode != "none":
         options = {"mode": "selective", "selective_ac_option": "op"} if mode == "op" else {"mode": "full"}
@@ -36,10 +36,10 @@ def converted(ac_save="gemm", *, mode="op", columns_apart=False, layers=1, dtype
     return model
 
 
-def plan(flavor="8B", name="llama3", rules=()):
+def plan(flavor="8B", name="llama3", rules=(), swiglu_inputs="bf16"):
     job = JobConfig()
     job.model.name, job.model.flavor = name, flavor
-    return plan_conversion(build_on_meta(job), rules)
+    return plan_conversion(build_on_meta(job), rules, swiglu_inputs=swiglu_inputs)
 
 
 def names(rows, block="layers.0."):
@@ -57,6 +57,14 @@ def test_balanced_keeps_as_many_bytes_as_every_second_product_in_bf16():
     in_order = ["wq", "wk", "wv", "wo", "w1", "w3", "w2"]  # as they are called; torchtitan keeps the first, third, ...
     assert sum(features[n] for n in in_order if n not in recomputed) == sum(features[n] for n in in_order[::2])
     assert len(recomputed_outputs(report, "balanced")) == 3 * 32
+
+
+def test_inputs_of_swiglu_in_fp8_are_kept_for_the_bytes_of_one_in_bf16():
+    report = plan(swiglu_inputs="fp8")
+    assert names(recomputed_outputs(report, "balanced")) == ["wq", "wk"]
+    assert recomputed_outputs(report, "gemm") == [] and len(recomputed_outputs(report, "none")) == 224
+    unfused = plan(swiglu_inputs="fp8", rules=(Rule("*.w2", "skip"),))
+    assert names(recomputed_outputs(unfused, "balanced")) == ["wq", "wk", "w1"]
 
 
 def test_all_and_none():
@@ -133,6 +141,20 @@ def test_eager(mode, ac_save, again):
     assert bool(count.calls[RECOMPUTED]) == (ac_save != "gemm")
 
 
+@pytest.mark.parametrize("ac_save, again", [("gemm", 0), ("balanced", 2), ("none", 7)])
+def test_eager_with_inputs_of_swiglu_in_fp8(ac_save, again):
+    """The feed-forward is one op, which is not called again; where nothing is kept, nothing is rounded to be kept."""
+    model = converted(ac_save, swiglu_inputs="fp8")
+    tokens = tokens_for(model)
+    truth = step(converted(mode="none", swiglu_inputs="bf16" if ac_save == "none" else "fp8"), tokens)
+    with CountOps() as count:
+        values = step(model, tokens)
+    values = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in values.items()}
+    assert all(torch.equal(truth[name], values[name]) for name in truth)
+    assert count.calls["gated_feed_forward"] == (ac_save != "none")
+    assert count.gemms + 3 * count.calls["gated_feed_forward"] == 21 + 3 + again
+
+
 # Compiled
 
 
@@ -180,6 +202,23 @@ def test_what_a_compiled_checkpoint_keeps(ac_save, again):
     kept = sum(value.nbytes for value in outputs if value.dtype == torch.bfloat16) - 2 * 2 * M * K
     assert kept == {"gemm": 2 * M * (4 * K + 2 * N), "balanced": M * (4 * K + 2 * N), "none": 0}[ac_save]
     assert not any(value.dtype == torch.float8_e4m3fn for value in outputs)
+
+
+@pytest.mark.parametrize("ac_save, again", [("gemm", 0), ("balanced", 2), ("none", 6)])
+def test_what_a_compiled_checkpoint_keeps_with_inputs_of_swiglu_in_fp8(ac_save, again):
+    forward, backward = compiled_step(ac_save, columns_apart=True, swiglu_inputs="fp8")
+    calls = graph_calls(backward)
+    assert calls.gemms == 14 + again
+    assert (
+        graph_calls(forward).calls["gated_feed_forward"] == (ac_save != "none")
+        and not calls.calls["gated_feed_forward"]
+    )
+    M, K, N = 256, 256, 768
+    outputs = graph_outputs(forward)
+    kept = sum(value.nbytes for value in outputs if value.dtype == torch.bfloat16) - 2 * 2 * M * K
+    assert kept == {"gemm": 2 * M * 4 * K, "balanced": M * 4 * K, "none": 0}[ac_save]
+    payloads = [value.nbytes for value in outputs if value.dtype == torch.float8_e4m3fn]
+    assert payloads == ([] if ac_save == "none" else [M * N] * 2)
 
 
 @pytest.mark.parametrize("mode", ["op", "none"])

@@ -62,6 +62,7 @@ def test_overrides(read):
         "--blockwise_fp8.scale_format=pow2",
         "--blockwise_fp8.fp8_all_gather=false",
         "--blockwise_fp8.fuse=off",
+        "--blockwise_fp8.swiglu_inputs=fp8",
         "--blockwise_fp8.ac_save=none",
         "--blockwise_fp8.health_freq=50",
         "--blockwise_fp8.rules.0.match=layers.0.*",
@@ -71,7 +72,7 @@ def test_overrides(read):
     ).blockwise_fp8
     assert section.recipe() == Recipe("reference", "bf16", "pow2")
     assert section.fp8_all_gather is False
-    assert (section.fuse, section.ac_save, section.health_freq) == ("off", "none", 50)
+    assert (section.fuse, section.swiglu_inputs, section.ac_save, section.health_freq) == ("off", "fp8", "none", 50)
     assert section.rules == [Rule("layers.0.*", "skip"), Rule("layers.*.feed_forward.*", min_in_features=16)]
     assert [placed.origin for placed in section.all_rules()] == ["skip_kv.toml rule 1", "rule 1", "rule 2"]
 
@@ -119,6 +120,7 @@ def test_a_bad_override_ends_the_run_with_its_name(read, capsys, override, messa
         ("cache_weight = 1", r"^\[blockwise_fp8\] cache_weight = 1: must be true or false"),
         ("fp8_all_gather = 'no'", r"^\[blockwise_fp8\] fp8_all_gather = 'no': must be true or false"),
         ("fuse = true", r"^\[blockwise_fp8\] fuse = True: must be one of 'auto', 'off'"),
+        ("swiglu_inputs = 8", r"^\[blockwise_fp8\] swiglu_inputs = 8: must be one of 'bf16', 'fp8'"),
         ("ac_save = 'all'", r"^\[blockwise_fp8\] ac_save = 'all': must be one of 'gemm', 'balanced', 'none'"),
         ("rules_file = 3", r"^\[blockwise_fp8\] rules_file = 3: must be a path"),
         ("[blockwise_fp8.rules]\nmatch = '*'", r"^\[blockwise_fp8\] rules = .*must be an array of tables"),

@@ -241,7 +241,8 @@ def test_selective_checkpointing_saves_the_forward_gemm(job, monkeypatch):
     saved = {torch.ops.aten.mm.default}
     monkeypatch.setattr(parallelize, "_op_sac_save_list", saved)
     convert(job)
-    assert saved == {torch.ops.aten.mm.default, torch.ops.blockfp8.gemm_1x128_128x128.default}
+    ours = torch.ops.blockfp8
+    assert saved == {torch.ops.aten.mm.default, ours.gemm_1x128_128x128.default, ours.gated_feed_forward.default}
 
 
 def recomputations(model):

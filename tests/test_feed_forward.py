@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from blockfp8_titan import BlockwiseFP8Linear, Recipe
+from blockfp8_titan import BlockwiseFP8Linear, Recipe, ops
 from blockfp8_titan.feed_forward import GatedFeedForward, fuse_feed_forward
 from blockfp8_titan.numerics import sqnr
 
-from .llama import CountOps, gradients, worst
+from .data import CHECKS
+from .llama import CountOps, gradients, saved_bytes, worst
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", CUDA]
@@ -32,11 +33,11 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-def feed_forwards(K=144, N=272, recipe=Recipe(), dtype=torch.float32, device="cpu"):
+def feed_forwards(K=144, N=272, recipe=Recipe(), dtype=torch.float32, device="cpu", swiglu_inputs="bf16"):
     """One that is fused and one that is not, with the same weights."""
     plain = FeedForward(K, N, recipe).to(device, dtype)
     fused = copy.deepcopy(plain)
-    fuse_feed_forward(fused)
+    fuse_feed_forward(fused, swiglu_inputs)
     assert isinstance(fused, GatedFeedForward) and isinstance(fused, FeedForward)
     return fused, plain
 
@@ -69,6 +70,75 @@ def test_fusing_costs_no_accuracy(scale_format):
         assert sqnr(exact, after[name]) > max(23, sqnr(exact, before[name]) - 0.3), name
 
 
+@pytest.mark.parametrize("shape", [(0,), (1,), (129,), (3, 127)])
+@pytest.mark.parametrize("scale_format", ["fp32", "pow2"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_of_swiglu_in_fp8_change_gradients_alone(device, dtype, scale_format, shape):
+    in_bf16, plain = feed_forwards(recipe=Recipe(scale_format=scale_format), dtype=dtype, device=device)
+    in_fp8 = copy.deepcopy(plain)
+    fuse_feed_forward(in_fp8, "fp8")
+    x, dy = (torch.randn(*shape, 144, device=device, dtype=dtype) for _ in range(2))
+    values, others = gradients(in_bf16, x, dy), gradients(in_fp8, x, dy)
+    assert torch.equal(values["y"], others["y"])
+    if x.numel() < 2000:
+        assert all(values[name].shape == others[name].shape for name in values)
+        return
+    assert not any(torch.equal(values[name], others[name]) for name in values if name != "y")
+    exact = FeedForward(144, 272).to(device, torch.float32)
+    exact.load_state_dict({name: tensor.float() for name, tensor in plain.state_dict().items()})
+    weights = {name: p.detach().clone().requires_grad_() for name, p in exact.named_parameters()}
+    x_exact = x.float().requires_grad_()
+    w1, w2, w3 = (weights[f"{name}.weight"] for name in ("w1", "w2", "w3"))
+    ((F.silu(x_exact @ w1.t()) * (x_exact @ w3.t())) @ w2.t()).backward(dy.float())
+    truth = {"dx": x_exact.grad} | {name: weight.grad for name, weight in weights.items()}
+    for name, gradient in truth.items():
+        # Errors of 28 (h) to 31 dB (the gradient of gate) join those of quantising twice, 29 dB.
+        assert sqnr(gradient, others[name]) > sqnr(gradient, values[name]) - 3.5, name
+
+
+def test_inputs_of_swiglu_in_fp8_take_half_of_the_bytes():
+    M, K, N = 256, 144, 272
+    kept = {}
+    for swiglu_inputs in ("bf16", "fp8"):
+        module, _ = feed_forwards(dtype=torch.bfloat16, swiglu_inputs=swiglu_inputs)
+        x = torch.randn(M, K, dtype=torch.bfloat16, requires_grad=True)
+        kept[swiglu_inputs] = saved_bytes(lambda: module(x), without=[x, *module.parameters()])  # noqa: B023
+    multipliers = 4 * M * 3  # of a row's three groups
+    assert kept["bf16"] - kept["fp8"] == 2 * M * N - 2 * multipliers
+
+
+@pytest.mark.parametrize("swiglu_inputs", ["bf16", "fp8"])
+def test_checkpointing_can_keep_the_inputs_of_swiglu_in_fp8(swiglu_inputs):
+    """Eager: the op that makes them is not called again, and no GEMM is."""
+    module, _ = feed_forwards(swiglu_inputs=swiglu_inputs)
+    x = torch.randn(32, 144, requires_grad=True)
+    saved = [torch.ops.blockfp8.gated_feed_forward.default]
+    contexts = partial(create_selective_checkpoint_contexts, saved)
+    with CountOps() as count:
+        checkpoint(module, x, use_reentrant=False, context_fn=contexts, early_stop=True).sum().backward()
+    assert count.calls["gated_feed_forward"] == (swiglu_inputs == "fp8")
+    assert count.gemms == {"bf16": 9 + 3, "fp8": 6}[swiglu_inputs]
+
+
+@pytest.mark.parametrize("M", [0, 7, 128])
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_op_is_the_ops_that_it_is_made_of(device, M):
+    x, w1, w3, w2 = (torch.randn(*size, device=device) for size in ((M, 144), (272, 144), (272, 144), (160, 272)))
+    x = ops.quantize_1x128(x)
+    w1, w3, w2 = map(ops.quantize_128x128, (w1, w3, w2))
+    y, *kept = ops.gated_feed_forward(x, w1, w3, w2, torch.bfloat16)
+    gate, up = ops.gemm_1x128_128x128(*x, *w1), ops.gemm_1x128_128x128(*x, *w3)
+    h, *expected = ops.swiglu_quantize_1x128_with_inputs(gate, up)
+    assert torch.equal(y, ops.gemm_1x128_128x128(*h, *w2))
+    for pair, twin in zip(kept, expected, strict=True):
+        assert all(
+            torch.equal(a.float(), b.float()) and a.stride() == b.stride() for a, b in zip(pair, twin, strict=True)
+        )
+    arguments = (*x, *w1, *w3, *w2, torch.float32, "pow2", "auto", "auto", "auto")
+    torch.library.opcheck(torch.ops.blockfp8.gated_feed_forward.default, arguments, test_utils=CHECKS)
+
+
 def gemms(module, x, backward=True):
     module.zero_grad()
     with CountOps() as count:
@@ -95,9 +165,10 @@ def test_what_needs_no_gradient_costs_no_gemm(device):
         assert gemms(fused, x, backward=False).gemms == 3
 
 
+@pytest.mark.parametrize("swiglu_inputs, least", [("bf16", 24), ("fp8", 20)])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_every_choice_of_what_is_trained_has_its_gradients(checkpointed):
-    fused, plain = feed_forwards()
+def test_every_choice_of_what_is_trained_has_its_gradients(checkpointed, swiglu_inputs, least):
+    fused, plain = feed_forwards(swiglu_inputs=swiglu_inputs)
     for module in (fused, plain):
         module.w2.bias = nn.Parameter(torch.ones(144))
     tensors = ("x", "w1.weight", "w2.weight", "w3.weight", "w2.bias")
@@ -117,7 +188,7 @@ def test_every_choice_of_what_is_trained_has_its_gradients(checkpointed):
             after, before = (gradients[name] for gradients in found)
             assert (after is not None) == (before is not None) == wants, (name, wanted)
             # Unfused, silu is rounded before it is multiplied.
-            assert not wants or torch.equal(after, before) or sqnr(before, after) > 24, (name, wanted)
+            assert not wants or torch.equal(after, before) or sqnr(before, after) > least, (name, wanted)
 
 
 def test_the_feed_forward_quantises_once():

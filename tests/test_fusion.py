@@ -217,4 +217,6 @@ def test_the_report_says_it():
         "linears": [f"layers.5.feed_forward.{name}" for name in ("w1", "w3", "w2")],
         "fused": False,
         "reason": "w2 is not in fp8",
+        "swiglu_inputs": None,
     }
+    assert found[2]["swiglu_inputs"] == "bf16" and found[0]["swiglu_inputs"] is None

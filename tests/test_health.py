@@ -152,6 +152,7 @@ def test_producers_are_measured_by_what_they_never_write(kind):
             lambda: ops.rms_norm_quantize_1x128(gate, norm_weight, 1e-5, "rows", rstd=rstd)[:2],
             reference.rms_norm(gate, rstd, norm_weight),
         ),
+        "swiglu, inputs kept": (lambda: ops.swiglu_quantize_1x128_with_inputs(gate, up)[0], reference.swiglu(gate, up)),
         "swiglu": (lambda: ops.swiglu_quantize_1x128(gate, up, "rows"), reference.swiglu(gate, up)),
     }
     for make, source in makes.values():
@@ -160,15 +161,22 @@ def test_producers_are_measured_by_what_they_never_write(kind):
     back = BlockwiseFP8Linear(144, 272, bias=False)
     both = nn.ModuleDict({"gate": back, "up": copy.deepcopy(back)})
 
-    def run():
-        quantized = ops.swiglu_backward_quantize_1x128_both(dh, gate, up)
-        for linear, (q, dq, *_) in zip(both.values(), quantized, strict=True):
-            _, w_dq, wt_q = ops.quantize_128x128_both(linear.weight.detach())
-            ops.gemm_1x128_128x128(q, dq, wt_q, w_dq.t())
-
-    gradients = dict(zip(both, reference.swiglu_backward(dh, gate, up), strict=True))
+    _, (gate_q, gate_dq), (up_q, up_dq) = ops.swiglu_quantize_1x128_with_inputs(gate, up)
+    kept = [reference.dequantize_1x128(q, dq) for q, dq in ((gate_q, gate_dq), (up_q, up_dq))]
     w_health = in_blocks(back.weight.detach())
-    assert_alike(observe(both, run), {n: {"w": w_health, "dy": in_rows(dy)} for n, dy in gradients.items()})
+    for inputs, options, values in (
+        ((gate, up), {}, (gate, up)),
+        ((gate_q, up_q), {"gate_dq": gate_dq, "up_dq": up_dq}, kept),
+    ):
+
+        def run(inputs=inputs, options=options):
+            quantized = ops.swiglu_backward_quantize_1x128_both(dh, *inputs, **options)
+            for linear, (q, dq, *_) in zip(both.values(), quantized, strict=True):
+                _, w_dq, wt_q = ops.quantize_128x128_both(linear.weight.detach())
+                ops.gemm_1x128_128x128(q, dq, wt_q, w_dq.t())
+
+        gradients = dict(zip(both, reference.swiglu_backward(dh, *values), strict=True))
+        assert_alike(observe(both, run), {n: {"w": w_health, "dy": in_rows(dy)} for n, dy in gradients.items()})
 
 
 @pytest.mark.parametrize("fuse", ["off", "auto"])

@@ -26,7 +26,7 @@ SHARED_MEMORY = {89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may take
 
 INTS = {name: "i32" for name in ("M", "N", "K", "first_row")}
 INTS |= {f"{name}_stride": "i32" for name in ("x", "xt", "w", "wt", "a", "b", "yt", "gate", "up", "ht", "dh")}
-QUANTISED = ("x", "xt", "w", "wt", "y", "yt", "h", "ht", "dgate", "dgatet", "dup", "dupt")
+QUANTISED = ("x", "xt", "w", "wt", "y", "yt", "h", "ht", "gate", "up", "dgate", "dgatet", "dup", "dupt")
 ONE_BYTE = {name: "*fp8e4nv" for name in ("a_ptr", "b_ptr", *(f"{name}_q_ptr" for name in QUANTISED))}
 MULTIPLIERS = {f"{name}_dq_ptr": "*fp32" for name in ("a", "b", *QUANTISED)}
 STRIDES = {f"{operand}_dq_stride_{dim}": "i32" for operand, dim in ("am", "ak", "bn", "bk")}
@@ -107,6 +107,30 @@ CASES = {
         {"dh_ptr": "*bf16", "gate_ptr": "*bf16", "up_ptr": "*bf16"},
         {"WITH_H": False, "RUN": 4, "PADDED": False, "POW2": False},
         {"num_warps": 8, "maxnreg": 128},
+    ),
+    "swiglu_backward, of payloads": (
+        producers._quantize_swiglu_gradients_kernel,
+        {"dh_ptr": "*bf16", "gate_ptr": "*fp8e4nv", "up_ptr": "*fp8e4nv"},
+        {"WITH_H": True, "RUN": 4, "PADDED": False, "POW2": False},
+        {"num_warps": 8, "maxnreg": 128},
+    ),
+    "swiglu_backward, of payloads, padded": (
+        producers._quantize_swiglu_gradients_kernel,
+        {"dh_ptr": "*fp32", "gate_ptr": "*fp8e4nv", "up_ptr": "*fp8e4nv"},
+        {"WITH_H": True, "RUN": 4, "PADDED": True, "POW2": True},
+        {"num_warps": 8},
+    ),
+    "swiglu_and_inputs": (
+        producers._quantize_swiglu_and_inputs_kernel,
+        {"gate_ptr": "*bf16", "up_ptr": "*bf16"},
+        {"RUN": 4, "POW2": False},
+        {"num_warps": 8},
+    ),
+    "swiglu_and_inputs, fp32": (
+        producers._quantize_swiglu_and_inputs_kernel,
+        {"gate_ptr": "*fp32", "up_ptr": "*fp32"},
+        {"RUN": 4, "POW2": True},
+        {"num_warps": 8},
     ),
     "swiglu_backward, padded": (
         producers._quantize_swiglu_gradients_kernel,

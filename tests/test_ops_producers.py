@@ -86,6 +86,25 @@ def test_gradients_are_quantised_both_ways():
         assert_equal(h, ops.swiglu_quantize_1x128(gate, up, "columns"), shape)
 
 
+@pytest.mark.parametrize("scale_format", ["fp32", "pow2"])
+def test_inputs_of_swiglu_are_kept_in_fp8(scale_format):
+    for dtype, shape in ((BF16, (129, 272)), (FP32, (7, 144)), (BF16, (0, 16))):
+        dh, gate, up = (draw("outliers", *shape, dtype) for _ in range(3))
+        kept = ops.swiglu_quantize_1x128_with_inputs(gate, up, scale_format)
+        for outs, values in zip(kept, (reference.swiglu(gate, up), gate, up), strict=True):
+            assert_equal(outs, ops.quantize_1x128(values, scale_format), shape)
+        _, (gate_q, gate_dq), (up_q, up_dq) = kept
+        of_payloads = ops.swiglu_backward_quantize_1x128_both(
+            dh, gate_q, up_q, scale_format, gate_dq=gate_dq, up_dq=up_dq, with_h=True
+        )
+        gate, up = reference.dequantize_1x128(gate_q, gate_dq), reference.dequantize_1x128(up_q, up_dq)
+        dgate, dup = (x.to(dtype) for x in reference.swiglu_backward(dh.float(), gate, up))
+        h = reference.swiglu(gate, up).to(dtype)
+        twins = [ops.quantize_1x128_both(x, scale_format) for x in (dgate, dup)]
+        for outs, twin in zip(of_payloads, (*twins, ops.quantize_1x128_columns(h, scale_format)), strict=True):
+            assert_equal(outs, twin, shape)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("poison", [torch.nan, -torch.inf])
 def test_nonfinite_values_spoil_their_own_blocks(device, poison):
@@ -104,6 +123,16 @@ def test_nonfinite_values_spoil_their_own_blocks(device, poison):
     assert torch.equal(spoilt(q, dq), rows) and torch.equal(spoilt(t_q, t_dq), columns)
     dgate, dup = ops.swiglu_backward_quantize_1x128_both(dh, gate, up)
     assert torch.equal(spoilt(*dgate[:2]), rows) and torch.equal(spoilt(*dgate[2:]), columns)
+    assert not any(spoilt(*pair).any() for pair in (dup[:2], dup[2:]))
+    # Of payloads, the group that held it is spoilt, in dgate and h.
+    _, kept_gate, kept_up = ops.swiglu_quantize_1x128_with_inputs(gate, up)
+    dgate, dup, h = ops.swiglu_backward_quantize_1x128_both(
+        dh, kept_gate[0], kept_up[0], gate_dq=kept_gate[1], up_dq=kept_up[1], with_h=True
+    )
+    group = torch.zeros(K, M, dtype=torch.bool)
+    group[128:256, :128] = True
+    for found, expected in ((dgate[:2], rows), (dgate[2:], group), (h, group)):
+        assert torch.equal(spoilt(*found), expected)
     assert not any(spoilt(*pair).any() for pair in (dup[:2], dup[2:]))
     # A row with NaN has no mean; one with Inf has 1 / Inf, and Inf times that is NaN.
     rows[5] |= poison != poison
@@ -171,6 +200,22 @@ def test_swiglu_kernels_quantise_what_they_compute(kind, dtype, scale_format):
             results = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, scale_format, with_h=with_h)
             for outs, twin in zip(results, exact[: len(results)], strict=True):
                 assert_equal(outs, twin, kind, shape, with_h)
+        kept = ops.swiglu_quantize_1x128_with_inputs(gate, up, scale_format)
+        for outs, values in zip(kept, (h, gate, up), strict=True):
+            assert_equal(outs, ops.quantize_1x128(values, scale_format, backend="reference"), kind, shape)
+        values = [reference.dequantize_1x128(*pair) for pair in kept[1:]]
+        exact = [
+            ops.quantize_1x128_both(x.to(dtype), scale_format, backend="reference")
+            for x in elementwise.swiglu_backward(dh.float(), *values)
+        ]
+        h_columns = elementwise.swiglu(*values).to(dtype)
+        exact.append(ops.quantize_1x128_columns(h_columns, scale_format, backend="reference"))
+        for with_h in (False, True):
+            results = ops.swiglu_backward_quantize_1x128_both(
+                *(dh, kept[1][0], kept[2][0], scale_format), gate_dq=kept[1][1], up_dq=kept[2][1], with_h=with_h
+            )
+            for outs, twin in zip(results, exact[: len(results)], strict=True):
+                assert_equal(outs, twin, kind, shape, with_h, "of payloads")
         expected_dgate, expected_dup = reference.swiglu_backward(dh, gate, up)
         for actual, expected, terms in (
             (h, reference.swiglu(gate, up), 0.0),
@@ -213,9 +258,13 @@ def test_opcheck(device, M):
             torch.library.opcheck(torch.ops.blockfp8.rms_norm_quantize_1x128, arguments, test_utils=CHECKS)
         arguments = (x, x + 1, layout, "fp32", "auto")
         torch.library.opcheck(torch.ops.blockfp8.swiglu_quantize_1x128, arguments, test_utils=CHECKS)
+    arguments = (x, x + 1, "fp32", "auto")
+    torch.library.opcheck(torch.ops.blockfp8.swiglu_quantize_1x128_with_inputs, arguments, test_utils=CHECKS)
+    _, gate, up = ops.swiglu_quantize_1x128_with_inputs(x + 1, x + 2)
     for with_h in (False, True):
-        arguments = (x, x + 1, x + 2, "fp32", with_h, "auto")
-        torch.library.opcheck(torch.ops.blockfp8.swiglu_backward_quantize_1x128_both, arguments, test_utils=CHECKS)
+        for inputs in ((x + 1, None, x + 2, None), (*gate, *up)):
+            arguments = (x, *inputs, "fp32", with_h, "auto")
+            torch.library.opcheck(torch.ops.blockfp8.swiglu_backward_quantize_1x128_both, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -245,6 +294,7 @@ def test_compiled_calls_give_the_same_and_layouts_stay_apart(device):
 
 def test_bad_arguments_are_named():
     x, weight = torch.randn(4, 32), torch.ones(32)
+    q, dq = ops.quantize_1x128(x)
     norm, swiglu, backward = (
         ops.rms_norm_quantize_1x128,
         ops.swiglu_quantize_1x128,
@@ -267,6 +317,12 @@ def test_bad_arguments_are_named():
         (lambda: swiglu(x, x, "both", "ue8m0"), "scale_format = 'ue8m0': must be one of 'fp32', 'pow2'"),
         (lambda: swiglu(x, x, backend="tritn"), "backend = 'tritn': must be one of 'auto', 'reference'"),
         (lambda: backward(x[:3], x, x), "dh and gate differ in shape"),
+        (lambda: backward(x, q, q), "gate has dtype torch.float8_e4m3fn: must be torch.bfloat16 or torch.float32"),
+        (lambda: backward(x, q, q, gate_dq=dq), "up_dq is None: gate and up are both payloads with multipliers, or neither is"),
+        (lambda: backward(x, x, q, gate_dq=dq, up_dq=dq), "gate has dtype torch.float32: must be torch.float8_e4m3fn"),
+        (lambda: backward(x, q, q[:3], gate_dq=dq, up_dq=dq), r"up has shape \(3, 32\): must be dh's, \(4, 32\)"),
+        (lambda: backward(x, q, q, gate_dq=dq[:3], up_dq=dq), r"gate_dq has shape \(3, 1\): must be \(4, 1\) for its payload"),
+        (lambda: backward(x, q, q, gate_dq=dq, up_dq=dq.to("meta")), "up_dq is on meta and dh on cpu: must be on one device"),
         (lambda: backward(x.half(), x, x), "dh has dtype torch.float16"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

@@ -65,6 +65,16 @@ def _load_tile(x_ptr, row, m, k, stride, mask):
 
 
 @triton.jit
+def _values(x, x_dq_ptr, column, m, M):
+    """A tile as fp32: of bf16, of fp32 or, with multipliers, of a payload quantised along rows."""
+    if x.dtype == tl.float8e4nv:
+        dq = tl.load(x_dq_ptr + column.to(tl.int64) * M + m, mask=m < M, other=0.0)
+        return x.to(tl.float32) * dq[:, None]
+    else:  # needed: Triton would compile the return after the branch too
+        return to_fp32(x)
+
+
+@triton.jit
 def _store(
     y,
     row,
@@ -123,10 +133,46 @@ def _quantize_swiglu_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])  # see pack_e4m3
+def _quantize_swiglu_and_inputs_kernel(
+    gate_ptr,
+    up_ptr,
+    h_q_ptr,
+    h_dq_ptr,
+    gate_q_ptr,
+    gate_dq_ptr,
+    up_q_ptr,
+    up_dq_ptr,
+    M,
+    K,
+    gate_stride,
+    up_stride,
+    RUN: tl.constexpr,
+    POW2: tl.constexpr,
+):
+    """gate, up [M, K] -> h = silu(gate) * up, gate and up, quantised along rows. Programs share the work as those of the gradients do."""
+    row, column = tl.program_id(1), tl.program_id(0) // 3
+    result = tl.program_id(0) % 3
+    m, k, mask = tile_in_runs(row, column, M, K, RUN)
+    if result == 0:
+        gate = to_fp32(_load_tile(gate_ptr, row, m, k, gate_stride, mask))
+        up = to_fp32(_load_tile(up_ptr, row, m, k, up_stride, mask))
+        h = _round_to(swiglu(gate, up), gate_ptr)
+        store_rows(h, column, m, k, mask, h_q_ptr, h_dq_ptr, M, K, POW2)
+    elif result == 1:
+        gate = to_fp32(_load_tile(gate_ptr, row, m, k, gate_stride, mask))
+        store_rows(gate, column, m, k, mask, gate_q_ptr, gate_dq_ptr, M, K, POW2)
+    else:
+        up = to_fp32(_load_tile(up_ptr, row, m, k, up_stride, mask))
+        store_rows(up, column, m, k, mask, up_q_ptr, up_dq_ptr, M, K, POW2)
+
+
+@triton.jit(do_not_specialize=["M"])  # see pack_e4m3
 def _quantize_swiglu_gradients_kernel(
     dh_ptr,
     gate_ptr,
+    gate_dq_ptr,
     up_ptr,
+    up_dq_ptr,
     dgate_q_ptr,
     dgate_dq_ptr,
     dgatet_q_ptr,
@@ -151,7 +197,8 @@ def _quantize_swiglu_gradients_kernel(
     """dh, gate, up [M, K] -> the gradients of gate and up, quantised along rows and columns, and h along columns if WITH_H.
 
     A program has a tile of one of them: with more it would need more registers than leave room for a second program. Its
-    neighbours have the same tile of the others, and find what all read in L2. xt_stride is that of all transposes.
+    neighbours have the same tile of the others, and find what all read in L2. Multipliers of gate and up are used where these are
+    payloads. xt_stride is that of all transposes.
     """
     RESULTS: tl.constexpr = 3 if WITH_H else 2
     row, column = tl.program_id(1), tl.program_id(0) // RESULTS
@@ -161,7 +208,8 @@ def _quantize_swiglu_gradients_kernel(
     if result == 2:
         gate = _load_tile(gate_ptr, row, m, k, gate_stride, mask)
         up = _load_tile(up_ptr, row, m, k, up_stride, mask)
-        h = _round_to(swiglu(to_fp32(gate), to_fp32(up)), gate_ptr)
+        h = swiglu(_values(gate, gate_dq_ptr, column, m, M), _values(up, up_dq_ptr, column, m, M))
+        h = _round_to(h, dh_ptr)
         store_columns(h, row, column, m, k, ht_q_ptr, ht_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
     else:
         dh = _load_tile(dh_ptr, row, m, k, dh_stride, mask)
@@ -169,10 +217,13 @@ def _quantize_swiglu_gradients_kernel(
         if result == 0:
             up = _load_tile(up_ptr, row, m, k, up_stride, mask)
             x_q_ptr, x_dq_ptr, xt_q_ptr, xt_dq_ptr = dgate_q_ptr, dgate_dq_ptr, dgatet_q_ptr, dgatet_dq_ptr
-            dx = _round_to(gate_gradient(to_fp32(dh), to_fp32(gate), to_fp32(up)), gate_ptr)
+            dx = gate_gradient(
+                to_fp32(dh), _values(gate, gate_dq_ptr, column, m, M), _values(up, up_dq_ptr, column, m, M)
+            )
+            dx = _round_to(dx, dh_ptr)
         else:
             x_q_ptr, x_dq_ptr, xt_q_ptr, xt_dq_ptr = dup_q_ptr, dup_dq_ptr, dupt_q_ptr, dupt_dq_ptr
-            dx = _round_to(up_gradient(to_fp32(dh), to_fp32(gate)), gate_ptr)
+            dx = _round_to(up_gradient(to_fp32(dh), _values(gate, gate_dq_ptr, column, m, M)), dh_ptr)
         store_rows(dx, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
         store_columns(dx, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
 

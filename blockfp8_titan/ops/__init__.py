@@ -1,11 +1,13 @@
 """Custom ops of blockwise-fp8 training (namespace `blockfp8`): checked, compilable, CUDA and CPU."""
 
+from .feed_forward import gated_feed_forward
 from .gemm import gemm_1x128_1x128, gemm_1x128_128x128
 from .producers import (
     Layout,
     rms_norm_quantize_1x128,
     swiglu_backward_quantize_1x128_both,
     swiglu_quantize_1x128,
+    swiglu_quantize_1x128_with_inputs,
 )
 from .quantize import (
     quantize_1x128,
@@ -20,6 +22,7 @@ from .shards import amax_128x128_, quantize_rows
 __all__ = [
     "Layout",
     "amax_128x128_",
+    "gated_feed_forward",
     "gemm_1x128_1x128",
     "gemm_1x128_128x128",
     "quantize_1x128",
@@ -31,5 +34,6 @@ __all__ = [
     "rms_norm_quantize_1x128",
     "swiglu_backward_quantize_1x128_both",
     "swiglu_quantize_1x128",
+    "swiglu_quantize_1x128_with_inputs",
     "transpose_fp8",
 ]

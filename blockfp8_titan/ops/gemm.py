@@ -11,6 +11,7 @@ from .. import reference
 from ..formats import ALIGNMENT, BLOCK, ceil_div
 from ..recipe import GemmBackend
 from .backend import GemmKind, ResolvedBackend, is_datacenter, is_hopper, multiprocessors, resolve_gemm_backend
+from .layouts import column_major
 from .library import check_matrix, define, kernels, launch, on_device_of
 
 _PAYLOADS, _MULTIPLIERS, _OUTPUTS = (torch.float8_e4m3fn,), (torch.float32,), (torch.bfloat16, torch.float32)
@@ -156,18 +157,14 @@ def _cuda_1x128_1x128(a_q, a_dq, b_q, b_dq, out_dtype, backend):
         case "reference":
             return reference.gemm_1x128_1x128(a_q, a_dq, b_q, b_dq, out_dtype)
         case "cublas":
-            return _cublas(a_q, a_dq, b_q, _column_major(b_dq), F.ScalingType.BlockWise1x128, out_dtype)
+            return _cublas(a_q, a_dq, b_q, column_major(b_dq), F.ScalingType.BlockWise1x128, out_dtype)
         case "triton":
             return _triton(a_q, a_dq, b_q, b_dq, True, out_dtype)
 
 
-def _column_major(dq: Tensor) -> Tensor:
-    return dq if dq.stride() == (1, dq.shape[0]) else dq.t().contiguous().t()
-
-
 def _cublas(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_scaling: object, out_dtype: torch.dtype) -> Tensor:
     return F.scaled_mm(
-        a_q, b_q.t(), _column_major(a_dq), F.ScalingType.BlockWise1x128, b_dq, b_scaling, output_dtype=out_dtype
+        a_q, b_q.t(), column_major(a_dq), F.ScalingType.BlockWise1x128, b_dq, b_scaling, output_dtype=out_dtype
     )
 
 
@@ -181,9 +178,9 @@ def _triton(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_per_row: boo
     if M and N and K and storable and is_hopper(device) and _loads_by_tma(a_q) and _loads_by_tma(b_q):
         out = a_q.new_empty((M, N), dtype=out_dtype)
         with on_device_of(out):
-            b_dq = _column_major(b_dq) if b_per_row else b_dq
+            b_dq = column_major(b_dq) if b_per_row else b_dq
             kernels("gemm_hopper").multiply_scaled(
-                a_q, _column_major(a_dq), b_q, b_dq, out, b_per_row, multiprocessors(device)
+                a_q, column_major(a_dq), b_q, b_dq, out, b_per_row, multiprocessors(device)
             )
         return out
     return _portable(a_q, a_dq, b_q, b_dq, b_per_row, out_dtype)

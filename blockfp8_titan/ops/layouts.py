@@ -42,6 +42,11 @@ def fill(out: Tensor, value: Tensor) -> Tensor:
     return out.copy_(value)
 
 
+def column_major(dq: Tensor) -> Tensor:
+    """Multipliers of 1x128 groups as kernels read them: m-contiguous."""
+    return dq if dq.stride() == (1, dq.shape[0]) else dq.t().contiguous().t()
+
+
 def contiguous_rows(x: Tensor) -> Tensor:
     """x itself where its rows are contiguous and at most 2^24 apart, else a copy: in a tile, kernels count in 32 bits."""
     along_m, along_k = x.stride()
