@@ -87,6 +87,17 @@ def _swiglu_gradients_and_h(dh: Tensor, gate: Tensor, up: Tensor) -> Tensors:
     return *_swiglu_gradients(dh, gate, up), *_swiglu(gate, up)
 
 
+def _swiglu_and_inputs(gate: Tensor, up: Tensor) -> Tensors:
+    return *_swiglu(gate, up), gate, up
+
+
+def _swiglu_gradients_and_h_of_payloads(
+    dh: Tensor, gate_q: Tensor, gate_dq: Tensor, up_q: Tensor, up_dq: Tensor
+) -> Tensors:
+    gate, up = reference.dequantize_1x128(gate_q, gate_dq), reference.dequantize_1x128(up_q, up_dq)
+    return tuple(x.to(dh.dtype) for x in _swiglu_gradients_and_h(dh, gate, up))
+
+
 def _matrices(count: int) -> Callable[[int, int, torch.device], Tensors]:
     def draw(m: int, k: int, device: torch.device) -> Tensors:
         return tuple(torch.randn(m, k, device=device, dtype=torch.bfloat16) for _ in range(count))
@@ -101,6 +112,11 @@ def _norm_inputs(m: int, k: int, device: torch.device) -> Tensors:
 def _norm_inputs_and_rstd(m: int, k: int, device: torch.device) -> Tensors:
     x, weight = _norm_inputs(m, k, device)
     return x, weight, reference.rms_norm_rstd(x, EPS)
+
+
+def _gradient_and_payloads(m: int, k: int, device: torch.device) -> Tensors:
+    dh, gate, up = _matrices(3)(m, k, device)
+    return dh, *ops.quantize_1x128(gate), *ops.quantize_1x128(up)
 
 
 # The fused ops
@@ -126,6 +142,17 @@ def _fused_swiglu_gradients(dh: Tensor, gate: Tensor, up: Tensor) -> Tensors:
 def _fused_swiglu_gradients_and_h(dh: Tensor, gate: Tensor, up: Tensor) -> Tensors:
     dgate, dup, h = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, with_h=True)
     return *dgate, *dup, *h
+
+
+def _fused_swiglu_and_inputs(gate: Tensor, up: Tensor) -> Tensors:
+    return tuple(out for pair in ops.swiglu_quantize_1x128_with_inputs(gate, up) for out in pair)
+
+
+def _fused_swiglu_gradients_and_h_of_payloads(
+    dh: Tensor, gate_q: Tensor, gate_dq: Tensor, up_q: Tensor, up_dq: Tensor
+) -> Tensors:
+    results = ops.swiglu_backward_quantize_1x128_both(dh, gate_q, up_q, gate_dq=gate_dq, up_dq=up_dq, with_h=True)
+    return tuple(out for result in results for out in result)
 
 
 @dataclass(frozen=True)
@@ -156,6 +183,16 @@ SUBJECTS = {
     "swiglu_backward both, h columns": Subject(
         "hidden", _matrices(3), _fused_swiglu_gradients_and_h, _swiglu_gradients_and_h, (BOTH, BOTH, COLUMNS)
     ),
+    "swiglu rows, inputs in fp8": Subject(
+        "hidden", _matrices(2), _fused_swiglu_and_inputs, _swiglu_and_inputs, (ROWS, ROWS, ROWS)
+    ),
+    "swiglu_backward both, h columns, of inputs in fp8": Subject(
+        "hidden",
+        _gradient_and_payloads,
+        _fused_swiglu_gradients_and_h_of_payloads,
+        _swiglu_gradients_and_h_of_payloads,
+        (BOTH, BOTH, COLUMNS),
+    ),
     "quantize_128x128_both": Subject("weight", _matrices(1), ops.quantize_128x128_both, _identity, (BLOCKS,)),
 }
 
@@ -178,7 +215,7 @@ def contenders(subject: Subject) -> list[Contender]:
 
         def of(outs: Tensors) -> float:
             errors = []
-            exacts = subject.compute(*(x.float() for x in inputs))
+            exacts = subject.compute(*(x.float() if x.dtype == torch.bfloat16 else x for x in inputs))
             for exact, quantizer in zip(exacts, subject.quantizers, strict=True):
                 for i, transposed in enumerate(quantizer.transposed):
                     q, dq = outs[2 * i : 2 * i + 2]
@@ -198,7 +235,12 @@ def contenders(subject: Subject) -> list[Contender]:
                 computed = zip(compute(*inputs), subject.quantizers, strict=True)
                 return tuple(out for x, quantizer in computed for out in quantizer.quantize(x))
 
-            between = () if subject.compute is _identity else 2 * compute(*inputs)
+            own = {x.data_ptr() for x in inputs}
+            computed = compute(*inputs)
+            # What is computed is written and read, an input that is quantised besides only read.
+            between = (*computed, *(x for x in computed if x.data_ptr() not in own))
+            if subject.compute is _identity:
+                between = ()
             again = run()[:1] if subject.quantizers[0].rereads else ()
             return Candidate(run, (*inputs, *between, *again), error(inputs), QUANTIZE_BOUND)
 

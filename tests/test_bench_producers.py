@@ -46,6 +46,8 @@ def test_intermediate_tensors_count_twice(result) -> None:
         ("swiglu both", 2, 2, 1, 2),
         ("swiglu_backward both", 3, 3, 2, 4),
         ("swiglu_backward both, h columns", 3, 3, 3, 5),
+        ("swiglu rows, inputs in fp8", 2, 2, 2, 3),  # of the inputs each is read once again
+        ("swiglu_backward both, h columns, of inputs in fp8", 2, 2, 3, 5),  # two payloads are as long as one input
     ):
         fused, pair = candidates[name]["fused"]["bytes"], candidates[name]["pair"]["bytes"]
         small = 4 * 48 * (payloads + 2)  # multipliers, weight, rstd
