@@ -205,13 +205,7 @@ def _quantize_swiglu_gradients_kernel(
     result = tl.program_id(0) % RESULTS
     m, k, mask = tile_in_runs(row, column, M, K, RUN)
     # gate is loaded in each branch: where it is before them, the code of Triton 3.9 spills.
-    if result == 2:
-        gate = _load_tile(gate_ptr, row, m, k, gate_stride, mask)
-        up = _load_tile(up_ptr, row, m, k, up_stride, mask)
-        h = swiglu(_values(gate, gate_dq_ptr, column, m, M), _values(up, up_dq_ptr, column, m, M))
-        h = _round_to(h, dh_ptr)
-        store_columns(h, row, column, m, k, ht_q_ptr, ht_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
-    else:
+    if result < 2:
         dh = _load_tile(dh_ptr, row, m, k, dh_stride, mask)
         gate = _load_tile(gate_ptr, row, m, k, gate_stride, mask)
         if result == 0:
@@ -226,6 +220,12 @@ def _quantize_swiglu_gradients_kernel(
             dx = _round_to(up_gradient(to_fp32(dh), _values(gate, gate_dq_ptr, column, m, M)), dh_ptr)
         store_rows(dx, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
         store_columns(dx, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
+    else:
+        gate = _load_tile(gate_ptr, row, m, k, gate_stride, mask)
+        up = _load_tile(up_ptr, row, m, k, up_stride, mask)
+        h = swiglu(_values(gate, gate_dq_ptr, column, m, M), _values(up, up_dq_ptr, column, m, M))
+        h = _round_to(h, dh_ptr)
+        store_columns(h, row, column, m, k, ht_q_ptr, ht_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
 
 
 @triton.jit
