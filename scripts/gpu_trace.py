@@ -50,7 +50,9 @@ class Kernel:
     @property
     def label(self) -> str:
         """The name without C++ template arguments and signature."""
-        return re.sub(r"[<(].*", "", self.name.removeprefix("void ").replace("(anonymous namespace)::", ""))[:100]
+        return re.sub(r"[<(].*", "", self.name.removeprefix("void ").replace("(anonymous namespace)::", "")).strip()[
+            :100
+        ]
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,22 @@ def timeline(trace: Trace) -> dict[str, float]:
     }
 
 
+def gaps(trace: Trace) -> list[tuple[float, str]]:
+    """When nothing ran: µs, and the label of the kernel that ended it, "end of the step" after the last; longest first."""
+    found = []
+    end = trace.window[0]
+    for kernel in sorted(trace.kernels, key=lambda kernel: kernel.start):
+        if kernel.start > end:
+            found.append((kernel.start - end, kernel.label))
+        end = max(end, kernel.end)
+    if trace.window[1] > end:
+        found.append((trace.window[1] - end, "end of the step"))
+    return sorted(found, reverse=True)
+
+
 def summarise(trace: Trace) -> dict[str, Any]:
-    """Ready for JSON: window_ms; timeline_ms; groups and kernels, by falling time, with calls, ms and share of the window.
+    """Ready for JSON: window_ms; timeline_ms; groups and kernels, by falling time, with calls, ms and share of the window; idle, what
+    the gaps ended with, by falling time.
 
     Kernels of different streams overlap, so that shares may add up to more than 1.
     """
@@ -156,10 +172,18 @@ def summarise(trace: Trace) -> dict[str, Any]:
         groups.setdefault(kernel.group, []).append(kernel)
         labels.setdefault((kernel.label, kernel.op, kernel.group), []).append(kernel)
     kernels = [{"kernel": k, "op": op, "group": group, **row(found)} for (k, op, group), found in labels.items()]
+    idle: dict[str, list[float]] = {}
+    for us, before in gaps(trace):
+        idle.setdefault(before, []).append(us)
+    waits = [
+        {"before": label, "gaps": len(us), "ms": sum(us) / 1e3, "longest_ms": max(us) / 1e3}
+        for label, us in idle.items()
+    ]
     return {
         "window_ms": window / 1e3,
         "timeline_ms": {name: us / 1e3 for name, us in timeline(trace).items()},
         "launches": len(trace.kernels),
         "groups": dict(sorted(((g, row(found)) for g, found in groups.items()), key=lambda item: -item[1]["ms"])),
         "kernels": sorted(kernels, key=lambda kernel: -kernel["ms"]),
+        "idle": sorted(waits, key=lambda wait: -wait["ms"]),
     }

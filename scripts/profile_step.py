@@ -27,6 +27,7 @@ from runs import CHECKPOINTING, Arm, add_arguments, config_path, overrides_of, t
 
 WARM_UP = 3  # steps in which torch.profiler runs and records nothing
 LONGEST = 25
+WAITS = 10
 TIMEOUT = 900
 
 
@@ -84,6 +85,15 @@ def longest(profile: dict[str, Any]) -> str:
     return table(("kernel", "launched by", "group", "calls", "ms", "share"), rows, left=3)
 
 
+def waits(profile: dict[str, Any]) -> str:
+    """What the GPU was idle before, as Markdown."""
+    rows = [
+        (f"`{wait['before']}`", f"{wait['gaps']:,}", f"{wait['ms']:,.2f}", f"{wait['longest_ms']:,.2f}")
+        for wait in profile["idle"][:WAITS]
+    ]
+    return table(("idle before", "gaps", "ms", "longest, ms"), rows)
+
+
 def report(result: dict[str, Any]) -> str:
     """The whole result as Markdown."""
     gpus = result["hardware"].get("gpus") or ["no GPU"]
@@ -98,7 +108,7 @@ def report(result: dict[str, Any]) -> str:
         overview(result["profiles"]),
     ]
     for name, profile in result["profiles"].items():
-        parts += [f"## {name}: the {LONGEST} longest", longest(profile)]
+        parts += [f"## {name}: the {LONGEST} longest", longest(profile), waits(profile)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -111,6 +111,17 @@ def test_the_last_step_is_summed_up(tmp_path: Path, suffix: str) -> None:
     assert summary["groups"]["fp8 GEMM"] == {"calls": 2, "ms": 0.045, "share": pytest.approx(45 / 102)}
     assert summary["timeline_ms"]["idle"] == pytest.approx((102 - 75 - 4) / 1e3)
     assert summary["kernels"][0]["op"] == "blockfp8::gemm_1x128_128x128" and summary["kernels"][0]["calls"] == 2
+    assert summary["idle"] == [
+        {"before": "nvjet_tst", "gaps": 1, "ms": 0.01, "longest_ms": 0.01},
+        {"before": "Memset", "gaps": 1, "ms": 0.008, "longest_ms": 0.008},
+        {"before": "_gemm_hopper_kernel", "gaps": 1, "ms": 0.005, "longest_ms": 0.005},
+    ]
+    assert sum(wait["ms"] for wait in summary["idle"]) == pytest.approx(summary["timeline_ms"]["idle"])
+
+
+def test_the_end_of_a_step_can_be_idle() -> None:
+    kernels = (Kernel("long", "", 0, 50), Kernel("inside", "", 10, 20), Kernel("next", "", 55, 60))
+    assert gpu_trace.gaps(Trace(kernels, (0, 100))) == [(40, "end of the step"), (5, "next")]
 
 
 def test_without_steps_the_window_is_that_of_the_kernels() -> None:
