@@ -8,10 +8,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import ops
+from .ops.layouts import Quantized
 from .recipe import Recipe, ScaleFormat
-
-Quantized = tuple[Tensor, Tensor]
-"""Payload and multipliers."""
 
 
 class QuantizedInput:

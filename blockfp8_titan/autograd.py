@@ -7,6 +7,7 @@
 Numerics of DeepSeek-V3 (arXiv:2412.19437, section 3.3), with 1x128 instead of 128x1 regrouping done from the original values.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -150,16 +151,23 @@ def output_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def matmul_obstacle(x: Tensor | QuantizedInput, w: Tensor, recipe: Recipe) -> str | None:
-    """Why a linear cannot multiply x by w, on any mesh; None where it can."""
-    for name, tensor in (("input", x), ("weight", w)):
-        if tensor.dtype not in FLOATS:
+def operand_obstacle(shape: Sequence[int], dtype: torch.dtype, w: Tensor) -> str | None:
+    """Why a linear cannot multiply an input of this shape and dtype by w; None where nothing of these is in the way."""
+    for name, found in (("input", dtype), ("weight", w.dtype)):
+        if found not in FLOATS:
             return (
-                f"{name} of a blockwise-fp8 linear has dtype {tensor.dtype}: must be torch.bfloat16 or torch.float32; "
+                f"{name} of a blockwise-fp8 linear has dtype {found}: must be torch.bfloat16 or torch.float32; "
                 "cast it, or keep the layer out of fp8"
             )
-    if x.shape[-1] != w.shape[1]:
-        return f"input has shape {tuple(x.shape)}: its last dimension must be in_features = {w.shape[1]}"
+    if shape[-1] != w.shape[1]:
+        return f"input has shape {tuple(shape)}: its last dimension must be in_features = {w.shape[1]}"
+    return None
+
+
+def matmul_obstacle(x: Tensor | QuantizedInput, w: Tensor, recipe: Recipe) -> str | None:
+    """Why a linear cannot multiply x by w, on any mesh; None where it can."""
+    if obstacle := operand_obstacle(x.shape, x.dtype, w):
+        return obstacle
     if isinstance(x, QuantizedInput) and (recipe.wgrad, recipe.scale_format) != ("fp8", x.scale_format):
         return (
             f"the module before this linear quantises for wgrad = 'fp8' and scale_format = {x.scale_format!r}, the linear has {recipe}: "

@@ -74,7 +74,8 @@ class BlockwiseFP8:
     swiglu_inputs: SwiGLUInputs = "bf16"
     """
     What fused feed-forwards keep of w1(x) and w3(x), SwiGLU's inputs, for backward: "bf16" the values; "fp8" e4m3 in groups of 128,
-    half of the bytes, so that checkpointing by op need not compute them again, at some accuracy of gradients.
+    half of the bytes, so that checkpointing by op need not compute them again, at the cost of some accuracy of gradients. No effect
+    where nothing is fused, or under checkpointing that keeps neither.
     """
 
     ac_save: ActivationSave = "balanced"

@@ -21,7 +21,7 @@ from .conversion import ConversionReport, convert_model, gather_weights_in_fp8
 from .environment import describe_device, describe_versions
 from .formats import BLOCK
 from .ops.backend import describe_gemm_backend
-from .recipe import Fuse
+from .recipe import Fuse, SwiGLUInputs
 from .recomputation import ActivationSave
 from .weight import refresh_scales
 from .weight_cache import cache_weights, drop_cached_weights
@@ -89,6 +89,22 @@ def fuse_beside(section: BlockwiseFP8, degree: int) -> Fuse:
     return section.fuse if degree == 1 else "off"
 
 
+def swiglu_inputs_beside(job_config: JobConfig, degree: int) -> tuple[SwiGLUInputs, str]:
+    """What fused feed-forwards are to keep, and why not fp8 where the section asks for that."""
+    section = section_of(job_config)
+    if section.swiglu_inputs != "fp8":
+        return section.swiglu_inputs, ""
+    if fuse_beside(section, degree) == "off":
+        return "bf16", "no feed-forward is fused"
+    mode = job_config.activation_checkpoint.mode
+    if checkpoints_by_op(job_config):
+        return ("bf16", 'ac_save = "none" keeps neither w1(x) nor w3(x)') if section.ac_save == "none" else ("fp8", "")
+    if mode in ("full", "selective"):
+        # They would be rounded in the blocks that are computed again, for nothing.
+        return "bf16", "activation checkpointing of whole blocks keeps neither w1(x) nor w3(x)"
+    return "fp8", ""
+
+
 def check_tensor_parallel_job(job_config: JobConfig, degree: int) -> None:
     """Raises ValueError, with the way out, for what cannot run under tensor parallelism."""
     asked = f"parallelism.tensor_parallel_degree = {degree}"
@@ -140,6 +156,8 @@ def notes_on_job(report: ConversionReport, job_config: JobConfig, degree: int, f
         notes += note_on_gathers(section, degree)
     if section.fuse != fuse_beside(section, degree):
         notes.append(f'fuse = "{section.fuse}" has no effect beside tensor parallelism of degree {degree}')
+    if obstacle := swiglu_inputs_beside(job_config, degree)[1]:
+        notes.append(f'swiglu_inputs = "{section.swiglu_inputs}" has no effect: {obstacle}')
     if checkpoints_by_op(job_config):
         notes.append(checkpointing_note(report, section.ac_save))
     return notes
@@ -190,7 +208,7 @@ class BlockwiseFP8Converter:
                 self.rules,
                 recipe=self.section.recipe(),
                 fuse=fuse,
-                swiglu_inputs=self.section.swiglu_inputs,
+                swiglu_inputs=swiglu_inputs_beside(self.job_config, self.tensor_parallel_degree)[0],
             )
         except ValueError as error:
             raise ValueError(f"[{NAME}] {error}") from error

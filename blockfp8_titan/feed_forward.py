@@ -6,7 +6,7 @@
     y        [M,K] = h w2^T                  dh  = dy w2,       dw2 = dy^T h: of h computed again, with dgate and dup
 
 gate and up themselves are kept for backward, in bf16 or, at half of the bytes, quantised in the kernel that computes h; of h nothing
-is. In fp8 they cost dw2, dgate and dup some of their accuracy; y does not depend on it.
+is. In fp8 they cost all gradients some of their accuracy; y does not depend on it.
 """
 
 from functools import cache
@@ -43,7 +43,7 @@ class GatedFeedForward(nn.Module):
     Where it cannot be followed (hooks on members, DTensors, a recipe changed since) it is the original forward, unfused.
     """
 
-    swiglu_inputs: SwiGLUInputs
+    swiglu_inputs: SwiGLUInputs = "bf16"
 
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:
         gate, down, up = self.w1, self.w2, self.w3
@@ -89,13 +89,14 @@ def gated_feed_forward(
     Args:
         x: [..., K] bf16 or fp32, quantised already or not.
         swiglu_inputs: what is kept of gate(x) and up(x) for backward: "bf16" the values, in the dtype computed in; "fp8" quantised,
-            unless activation checkpointing keeps neither.
+            unless `Recomputation` says that checkpointing keeps neither.
     Returns:
         [..., K]: as `down` returns it.
     """
-    recipe = gate.recipe
+    recipe, dtype = gate.recipe, output_dtype(x.carrier if isinstance(x, QuantizedInput) else x)
     for linear in (gate, up):
         linear.check_input(x)
+    down.check_operand((*x.shape[:-1], gate.weight.shape[0]), dtype)
     upstream_weights = gate.weight.requires_grad or up.weight.requires_grad
     wants_dw = torch.is_grad_enabled() and upstream_weights
     if not isinstance(x, QuantizedInput):
@@ -108,7 +109,7 @@ def gated_feed_forward(
         *(tensor for linear in (gate, up, down) for tensor in linear.known_weight()),
         *x.rows,
         *(x.columns_for_dw() if wants_dw else (None, None)),
-        output_dtype(x.carrier),
+        dtype,
         recipe,
         down.recipe,
         tuple(linear.recomputation.output for linear in (gate, up, down)),
@@ -122,7 +123,8 @@ def gated_feed_forward(
 class _GatedFeedForward(torch.autograd.Function):
     """See the module's docstring.
 
-    Of x, rows are multiplied here and columns kept for dw1 and dw3.
+    Of x, rows are multiplied here and columns kept for dw1 and dw3. dtype: of y, gate and up. inputs_in_fp8: gate and up are kept so, by
+    one op; else recomputed says of which GEMMs (of gate, of up, of y) checkpointing computes the outputs again.
     """
 
     @staticmethod

@@ -97,10 +97,8 @@ def describe_fusions(fusions: Collection[Fusion]) -> Iterator[str]:
         elif first.kind == "norm":
             yield f"fused: {fqn} quantises for {', '.join(name.split('.')[-1] for name in first.linears)}"
         else:
-            yield (
-                f"fused: {fqn} quantises silu(w1(x)) * w3(x), and in backward the gradients of w1(x) and w3(x); "
-                f"keeps these in {first.swiglu_inputs}"
-            )
+            kept = "; keeps w1(x) and w3(x) in e4m3 for backward" if first.swiglu_inputs == "fp8" else ""
+            yield f"fused: {fqn} quantises silu(w1(x)) * w3(x), and in backward the gradients of w1(x) and w3(x){kept}"
 
 
 def _plan_norm(

@@ -1,5 +1,6 @@
 """BlockwiseFP8Linear: nn.Linear whose three GEMMs run in blockwise fp8."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .activation import QuantizedInput
-from .autograd import FLOATS, KnownWeight, blockwise_fp8_matmul, matmul_obstacle
+from .autograd import FLOATS, KnownWeight, blockwise_fp8_matmul, matmul_obstacle, operand_obstacle
 from .formats import ALIGNMENT
 from .recipe import Recipe
 from .recomputation import Recomputation
@@ -106,7 +107,14 @@ class BlockwiseFP8Linear(nn.Linear):
 
     def check_input(self, input: Tensor | QuantizedInput) -> None:
         """Raises ValueError where this linear cannot take an input: names itself, the argument, its value and the requirement."""
-        if obstacle := matmul_obstacle(input, self.weight, self.recipe):
+        self._refuse_if(matmul_obstacle(input, self.weight, self.recipe))
+
+    def check_operand(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """As `check_input`, of an input that is not there yet."""
+        self._refuse_if(operand_obstacle(shape, dtype, self.weight))
+
+    def _refuse_if(self, obstacle: str | None) -> None:
+        if obstacle:
             # Only here is the name read: code compiled for one layer would not serve the next if it depended on it.
             raise ValueError(f"{self.fqn}: {obstacle}" if self.fqn else obstacle)
 

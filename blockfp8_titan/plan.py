@@ -22,7 +22,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
 from .conversion import ConversionReport, gather_notes, gather_obstacles, plan_conversion
-from .converter import NAME, check_job, fuse_beside, notes_on_job, section_of
+from .converter import NAME, check_job, fuse_beside, notes_on_job, section_of, swiglu_inputs_beside
 from .job_file import check_keys, check_values
 from .shards import Sharding, simulate
 from .tensor_parallel import check_split
@@ -117,7 +117,9 @@ def plan(job_config: JobConfig, model: nn.Module) -> ConversionReport:
     rules = section.all_rules()
     try:
         fuse = fuse_beside(section, degree)
-        report = plan_conversion(model, rules, recipe=section.recipe(), fuse=fuse, swiglu_inputs=section.swiglu_inputs)
+        report = plan_conversion(
+            model, rules, recipe=section.recipe(), fuse=fuse, swiglu_inputs=swiglu_inputs_beside(job_config, degree)[0]
+        )
         if job_config.model.name in _supported_models:
             check_tensor_parallel_sizes(report, degree)
     except ValueError as error:

@@ -235,12 +235,10 @@ def contenders(subject: Subject) -> list[Contender]:
                 computed = zip(compute(*inputs), subject.quantizers, strict=True)
                 return tuple(out for x, quantizer in computed for out in quantizer.quantize(x))
 
-            own = {x.data_ptr() for x in inputs}
-            computed = compute(*inputs)
             # What is computed is written and read, an input that is quantised besides only read.
+            own = {x.data_ptr() for x in inputs}
+            computed = () if subject.compute is _identity else compute(*inputs)
             between = (*computed, *(x for x in computed if x.data_ptr() not in own))
-            if subject.compute is _identity:
-                between = ()
             again = run()[:1] if subject.quantizers[0].rereads else ()
             return Candidate(run, (*inputs, *between, *again), error(inputs), QUANTIZE_BOUND)
 

@@ -50,14 +50,13 @@ class Kernel:
     @property
     def label(self) -> str:
         """The name without C++ template arguments and signature."""
-        return re.sub(r"[<(].*", "", self.name.removeprefix("void ").replace("(anonymous namespace)::", "")).strip()[
-            :100
-        ]
+        name = self.name.removeprefix("void ").replace("(anonymous namespace)::", "")
+        return re.sub(r"[<(].*", "", name).strip()[:100]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What ran, and the window in µs: the last profiled step, or from the first kernel to the last where no step is marked."""
+    """What ran, by start, and the window in µs: the last profiled step, or from the first kernel to the last where no step is marked."""
 
     kernels: tuple[Kernel, ...]
     window: tuple[float, float]
@@ -145,7 +144,7 @@ def gaps(trace: Trace) -> list[tuple[float, str]]:
     """When nothing ran: µs, and the label of the kernel that ended it, "end of the step" after the last; longest first."""
     found = []
     end = trace.window[0]
-    for kernel in sorted(trace.kernels, key=lambda kernel: kernel.start):
+    for kernel in trace.kernels:
         if kernel.start > end:
             found.append((kernel.start - end, kernel.label))
         end = max(end, kernel.end)
@@ -155,8 +154,8 @@ def gaps(trace: Trace) -> list[tuple[float, str]]:
 
 
 def summarise(trace: Trace) -> dict[str, Any]:
-    """Ready for JSON: window_ms; timeline_ms; groups and kernels, by falling time, with calls, ms and share of the window; idle, what
-    the gaps ended with, by falling time.
+    """Ready for JSON: window_ms; timeline_ms; groups and kernels, by falling time, with calls, ms and share of the window; idle,
+    by falling time: what a gap came before, how many gaps, ms and longest_ms.
 
     Kernels of different streams overlap, so that shares may add up to more than 1.
     """

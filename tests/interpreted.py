@@ -21,8 +21,9 @@ from blockfp8_titan.kernels import scaling, tiles
 from blockfp8_titan.numerics import relative_error
 from blockfp8_titan.ops import backend, library, shards
 from blockfp8_titan.ops import gemm as gemm_ops
-from blockfp8_titan.ops import producers as producer_ops
 from blockfp8_titan.ops import quantize as quantize_ops
+from blockfp8_titan.ops import rms_norm as rms_norm_ops
+from blockfp8_titan.ops import swiglu as swiglu_ops
 
 from . import elementwise
 from .data import KINDS, bits, draw, padding, poisoned
@@ -97,7 +98,7 @@ def on_cpu():
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_fma = fma
     library.on_device_of = lambda x: contextlib.nullcontext()
-    producer_ops._WHOLE_ROWS = 256  # longer rows take two kernels
+    rms_norm_ops._WHOLE_ROWS = 256  # longer rows take two kernels
     backend.resolve_quantize_backend = lambda device: "triton"
     gemm_ops.resolve_gemm_backend = lambda backend, device, kind: "triton"
     gemm_ops.is_hopper = lambda device: False
@@ -140,13 +141,13 @@ def check_producers(kind, shape, dtype, scale_format):
         ("columns", reference.quantize_1x128_columns),
         ("both", reference.quantize_1x128_both),
     ):
-        outs = producer_ops._cuda_swiglu(gate, up, layout, scale_format, "auto")
+        outs = swiglu_ops._cuda_swiglu(gate, up, layout, scale_format, "auto")
         check_equal(outs, quantize(h, scale_format), "swiglu", layout, *case)
-        *outs, rstd = producer_ops._cuda_rms_norm(gate, weight, 1e-5, layout, scale_format, None, "auto")
+        *outs, rstd = rms_norm_ops._cuda_rms_norm(gate, weight, 1e-5, layout, scale_format, None, "auto")
         torch.testing.assert_close(rstd, reference.rms_norm_rstd(gate, 1e-5), rtol=1e-6, atol=0, equal_nan=True)
         y = reference.rms_norm(gate, rstd, weight)
         check_equal(outs, quantize(y, scale_format), "rms_norm", layout, *case)
-        outs = producer_ops._cuda_rms_norm(gate, weight, 1e-5, layout, scale_format, rstd, "auto")
+        outs = rms_norm_ops._cuda_rms_norm(gate, weight, 1e-5, layout, scale_format, rstd, "auto")
         check_equal(outs, quantize(y, scale_format), "rms_norm, given rstd", layout, *case)
     both = reference.quantize_1x128_both
     expected = (
@@ -155,9 +156,9 @@ def check_producers(kind, shape, dtype, scale_format):
         *reference.quantize_1x128_columns(h, scale_format),
     )
     for with_h in (False, True):
-        outs = producer_ops._cuda_swiglu_backward(dh, gate, None, up, None, scale_format, with_h, "auto")
+        outs = swiglu_ops._cuda_swiglu_backward(dh, gate, None, up, None, scale_format, with_h, "auto")
         check_equal(outs, expected if with_h else expected[:8], "swiglu_backward", with_h, *case)
-    outs = producer_ops._cuda_swiglu_with_inputs(gate, up, scale_format, "auto")
+    outs = swiglu_ops._cuda_swiglu_with_inputs(gate, up, scale_format, "auto")
     rows = [reference.quantize_1x128(x, scale_format) for x in (h, gate, up)]
     check_equal(outs, [out for pair in rows for out in pair], "swiglu_with_inputs", *case)
     values = [reference.dequantize_1x128(*pair) for pair in rows[1:]]
@@ -170,7 +171,7 @@ def check_producers(kind, shape, dtype, scale_format):
     )
     for with_h in (False, True):
         kept = [out for pair in rows[1:] for out in pair]
-        outs = producer_ops._cuda_swiglu_backward(dh, *kept, scale_format, with_h, "auto")
+        outs = swiglu_ops._cuda_swiglu_backward(dh, *kept, scale_format, with_h, "auto")
         check_equal(outs, expected if with_h else expected[:8], "swiglu_backward of payloads", with_h, *case)
 
 

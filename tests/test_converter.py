@@ -287,6 +287,32 @@ def test_what_is_fused(job, tmp_path, fuse, degree, fused, noted):
     assert report["notes"] == ['fuse = "auto" has no effect beside tensor parallelism of degree 2'] * noted
 
 
+@pytest.mark.parametrize(
+    ("mode", "option", "settings", "degree", "inputs", "reason"),
+    [
+        ("none", "op", {}, 1, "fp8", None),
+        ("selective", "op", {}, 1, "fp8", None),
+        ("selective", "op", {"ac_save": "none"}, 1, "bf16", 'ac_save = "none" keeps neither'),
+        ("selective", "2", {}, 1, "bf16", "activation checkpointing of whole blocks keeps neither"),
+        ("full", "op", {}, 1, "bf16", "activation checkpointing of whole blocks keeps neither"),
+        ("none", "op", {"fuse": "off"}, 1, None, "no feed-forward is fused"),
+        ("none", "op", {}, 2, None, "no feed-forward is fused"),
+    ],
+)
+def test_what_feed_forwards_keep(job, tmp_path, mode, option, settings, degree, inputs, reason):
+    job.activation_checkpoint.mode, job.activation_checkpoint.selective_ac_option = mode, option
+    job.blockwise_fp8 = BlockwiseFP8(swiglu_inputs="fp8", **settings)
+    model = convert(job, dims(degree, tp=degree))
+    report = json.loads((tmp_path / "run" / "blockwise_fp8_conversion.json").read_text())
+    kept = [fusion["swiglu_inputs"] for fusion in report["fusions"] if fusion["kind"] == "feed_forward"]
+    assert kept == [inputs] * 6
+    assert [
+        getattr(m, "swiglu_inputs", None) for name, m in model.named_modules() if name.endswith("feed_forward")
+    ] == kept
+    noted = [note for note in report["notes"] if note.startswith('swiglu_inputs = "fp8" has no effect: ')]
+    assert [reason in note for note in noted] == ([] if reason is None else [True])
+
+
 def test_a_model_family_without_a_list_of_ops_to_save_converts_too(job, monkeypatch):
     def parallelize_nothing(model, parallel_dims, job_config):
         return model

@@ -93,8 +93,8 @@ def test_inputs_of_swiglu_in_fp8_change_gradients_alone(device, dtype, scale_for
     ((F.silu(x_exact @ w1.t()) * (x_exact @ w3.t())) @ w2.t()).backward(dy.float())
     truth = {"dx": x_exact.grad} | {name: weight.grad for name, weight in weights.items()}
     for name, gradient in truth.items():
-        # Errors of 28 (h) to 31 dB (the gradient of gate) join those of quantising twice, 29 dB.
-        assert sqnr(gradient, others[name]) > sqnr(gradient, values[name]) - 3.5, name
+        # Measured over twelve seeds: 0.6 to 1.1 dB, of dw2 1.1 to 1.6.
+        assert sqnr(gradient, others[name]) > sqnr(gradient, values[name]) - (2.2 if name == "w2.weight" else 1.5), name
 
 
 def test_inputs_of_swiglu_in_fp8_take_half_of_the_bytes():
@@ -165,9 +165,9 @@ def test_what_needs_no_gradient_costs_no_gemm(device):
         assert gemms(fused, x, backward=False).gemms == 3
 
 
-@pytest.mark.parametrize("swiglu_inputs, least", [("bf16", 24), ("fp8", 20)])
+@pytest.mark.parametrize("swiglu_inputs", ["bf16", "fp8"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_every_choice_of_what_is_trained_has_its_gradients(checkpointed, swiglu_inputs, least):
+def test_every_choice_of_what_is_trained_has_its_gradients(checkpointed, swiglu_inputs):
     fused, plain = feed_forwards(swiglu_inputs=swiglu_inputs)
     for module in (fused, plain):
         module.w2.bias = nn.Parameter(torch.ones(144))
@@ -187,8 +187,8 @@ def test_every_choice_of_what_is_trained_has_its_gradients(checkpointed, swiglu_
         for name, wants in zip(tensors, wanted, strict=True):
             after, before = (gradients[name] for gradients in found)
             assert (after is not None) == (before is not None) == wants, (name, wanted)
-            # Unfused, silu is rounded before it is multiplied.
-            assert not wants or torch.equal(after, before) or sqnr(before, after) > least, (name, wanted)
+            # Unfused, silu is rounded before it is multiplied; inputs in fp8 are 28 to 31 dB from those in bf16.
+            assert not wants or torch.equal(after, before) or sqnr(before, after) > 24, (name, wanted)
 
 
 def test_the_feed_forward_quantises_once():
@@ -233,8 +233,47 @@ def test_a_forward_put_on_a_member_is_called():
     assert not fused(torch.randn(3, 144)).any() and len(calls) == 1
 
 
-def test_a_fused_feed_forward_is_pickled():
-    fused, _ = feed_forwards()
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda fused: pickle.loads(pickle.dumps(fused))])
+def test_a_fused_feed_forward_is_copied_and_pickled(again):
+    fused, _ = feed_forwards(swiglu_inputs="fp8")
     x = torch.randn(3, 144)
-    again = pickle.loads(pickle.dumps(fused))
-    assert type(again) is type(fused) and torch.equal(again(x), fused(x))
+    twin = again(fused)
+    assert type(twin) is type(fused) and twin.swiglu_inputs == "fp8" and torch.equal(twin(x), fused(x))
+
+
+@pytest.mark.parametrize("swiglu_inputs", ["bf16", "fp8"])
+def test_what_w2_cannot_multiply_is_refused_by_its_name(swiglu_inputs):
+    fused, _ = feed_forwards(swiglu_inputs=swiglu_inputs)
+    fused.w2.fqn = "layers.0.feed_forward.w2"
+    x = torch.randn(40, 144, requires_grad=True)
+    fused.w2.half()
+    with pytest.raises(
+        ValueError, match=r"^layers\.0\.feed_forward\.w2: weight of a blockwise-fp8 linear has dtype torch.float16"
+    ):
+        fused(x)
+    fused.w2.weight = nn.Parameter(torch.randn(144, 160))
+    with pytest.raises(
+        ValueError, match=r"w2: input has shape \(40, 272\): its last dimension must be in_features = 160"
+    ):
+        fused(x)
+
+
+def test_bad_arguments_of_the_op_are_named():
+    x, w1, w3, w2 = (torch.randn(*size) for size in ((8, 144), (272, 144), (272, 144), (160, 272)))
+    x, w1, w3, w2 = ops.quantize_1x128(x), *map(ops.quantize_128x128, (w1, w3, w2))
+    narrow, short = ops.quantize_128x128(torch.randn(272, 128)), ops.quantize_128x128(torch.randn(256, 144))
+    op = ops.gated_feed_forward
+    for call, message in (
+        (lambda: op((x[0].float(), x[1]), w1, w3, w2), "x's payload has dtype torch.float32: must be torch.float8_e4m3fn"),
+        (lambda: op((x[0], x[1][:7]), w1, w3, w2), r"x's multipliers have shape \(7, 2\): must be \(8, 2\) for its payload"),
+        (lambda: op(x, w1, narrow, w2), r"w3 has shape \(272, 128\): its second dimension must be 144"),
+        (lambda: op(x, w1, short, w2), r"w3 has shape \(256, 144\): must have the rows of w1, 272"),
+        (lambda: op(x, w1, w3, w1), r"w2 has shape \(272, 144\): its second dimension must be 272"),
+        (lambda: op(x, w1, w3, (w2[0], w2[1].to("meta"))), "w2 is on meta and x on cpu: must be on one device"),
+        (lambda: op(x, w1, w3, w2, torch.float16), "out_dtype = torch.float16: must be one of torch.bfloat16, torch.float32"),
+        (lambda: op(x, w1, w3, w2, scale_format="ue8m0"), "scale_format = 'ue8m0': must be one of 'fp32', 'pow2'"),
+        (lambda: op(x, w1, w3, w2, quantize_backend="tritn"), "quantize_backend = 'tritn': must be one of 'auto', 'reference'"),
+        (lambda: op(x, w1, w3, w2, backend="tritn"), "'tritn'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            call()

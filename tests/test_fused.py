@@ -17,11 +17,11 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", CUDA]
 
 
-def pair(device="cpu", dtype=torch.float32, layers=1, **sizes):
+def pair(device="cpu", dtype=torch.float32, layers=1, swiglu_inputs="bf16", **sizes):
     """A model converted with fusions and one without."""
     models = [model_of(dtype=dtype, device=device, layers=layers, **sizes) for _ in range(2)]
     for model, fuse in zip(models, ("auto", "off"), strict=True):
-        report = convert_model(model, fuse=fuse)
+        report = convert_model(model, fuse=fuse, swiglu_inputs=swiglu_inputs)
         assert all(fusion.fused == (fuse == "auto") for fusion in report.fusions) and report.fusions
     return models
 
@@ -115,12 +115,14 @@ def test_bytes_kept_for_backward(mode):
     assert spared >= linears - 1.05 * tokens * 3 * K, (spared, linears)
 
 
+@pytest.mark.parametrize("swiglu_inputs", ["bf16", "fp8"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiled_blocks_compute_what_eager_ones_do(device, backend):
+def test_compiled_blocks_compute_what_eager_ones_do(device, backend, swiglu_inputs):
     torch._dynamo.reset()
     # On a GPU as it trains; on a CPU bf16 is slow.
-    fused, _ = pair(device, torch.bfloat16, layers=2) if device == "cuda" else pair(device)
+    options = {"dtype": torch.bfloat16, "layers": 2} if device == "cuda" else {}
+    fused, _ = pair(device, swiglu_inputs=swiglu_inputs, **options)
     compiled = copy.deepcopy(fused)
     for name, block in compiled.layers.named_children():
         compiled.layers.register_module(name, torch.compile(block, fullgraph=True, backend=backend))
@@ -169,8 +171,9 @@ def test_eval_and_no_grad_give_the_same_output_and_quantise_rows_alone():
     assert not count.calls["quantize_1x128_both"] and count.quantisations == 2 * 4
 
 
-def test_autocast_with_fp32_weights():
-    fused, plain = pair()
+@pytest.mark.parametrize("swiglu_inputs", ["bf16", "fp8"])
+def test_autocast_with_fp32_weights(swiglu_inputs):
+    fused, plain = pair(swiglu_inputs=swiglu_inputs)
     tokens = tokens_for(fused)
     with torch.autocast("cpu", torch.bfloat16):
         truth, values = step(plain, tokens), step(fused, tokens)
@@ -179,8 +182,9 @@ def test_autocast_with_fp32_weights():
         fused(tokens)
 
 
-def test_cached_weights_are_quantised_once():
-    fused, _ = pair()
+@pytest.mark.parametrize("swiglu_inputs", ["bf16", "fp8"])
+def test_cached_weights_are_quantised_once(swiglu_inputs):
+    fused, _ = pair(swiglu_inputs=swiglu_inputs)
     tokens = tokens_for(fused)
     truth = step(fused, tokens)
     cache_weights(fused)

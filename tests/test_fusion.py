@@ -75,6 +75,8 @@ def test_off_fuses_nothing_and_a_bad_choice_is_refused():
     assert not any(isinstance(module, (QuantizingRMSNorm, GatedFeedForward)) for module in model.modules())
     with pytest.raises(ValueError, match=r"fuse = 'yes': must be one of 'auto', 'off'"):
         convert_model(debug_model(), fuse="yes")
+    with pytest.raises(ValueError, match=r"swiglu_inputs = 'int8': must be one of 'bf16', 'fp8'"):
+        convert_model(debug_model(), swiglu_inputs="int8")
 
 
 @pytest.mark.parametrize(

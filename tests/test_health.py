@@ -20,10 +20,10 @@ from .measured import assert_alike, expected, in_blocks, in_rows, watch
 from .sharded import outcomes_of
 
 
-def model(fuse="off", layers=1, recipe=Recipe(), dtype=torch.float32):
+def model(fuse="off", layers=1, recipe=Recipe(), dtype=torch.float32, swiglu_inputs="bf16"):
     """And the conversion's report."""
     made = model_of(layers=layers, dtype=dtype)
-    return made, convert_model(made, recipe=recipe, fuse=fuse)
+    return made, convert_model(made, recipe=recipe, fuse=fuse, swiglu_inputs=swiglu_inputs)
 
 
 def weights_of(model):
@@ -179,15 +179,17 @@ def test_producers_are_measured_by_what_they_never_write(kind):
         assert_alike(observe(both, run), {n: {"w": w_health, "dy": in_rows(dy)} for n, dy in gradients.items()})
 
 
-@pytest.mark.parametrize("fuse", ["off", "auto"])
+@pytest.mark.parametrize(
+    "fuse, swiglu_inputs, ac_save", [("off", "bf16", "none"), ("auto", "bf16", "none"), ("auto", "fp8", "gemm")]
+)
 @pytest.mark.parametrize("mode", ["checkpointed", "compiled", "compiled and checkpointed"])
-def test_compiled_and_recomputed_steps_are_as_eager_ones(fuse, mode):
+def test_compiled_and_recomputed_steps_are_as_eager_ones(fuse, swiglu_inputs, ac_save, mode):
     torch._dynamo.reset()
-    eager, _ = model(fuse, layers=2)
+    eager, _ = model(fuse, layers=2, swiglu_inputs=swiglu_inputs)
     tokens = tokens_for(eager)
     truth = observed(eager, lambda: step(eager, tokens))._tallies
-    other, report = model(fuse, layers=2)
-    prepare_for_checkpointing(other, report, "none", columns_apart=mode == "compiled and checkpointed")
+    other, report = model(fuse, layers=2, swiglu_inputs=swiglu_inputs)
+    prepare_for_checkpointing(other, report, ac_save, columns_apart=mode == "compiled and checkpointed")
     for name, block in list(other.layers.named_children()):
         if "checkpointed" in mode:
             block = checkpoint_wrapper(block, preserve_rng_state=False)

@@ -291,9 +291,11 @@ def test_compiles_for_every_supported_chip(capability, case, tmp_path):
     if (capability, case) == (100, "gemm, per row"):
         return  # tensor memory of datacenter Blackwell wants a kernel of its own
     if (capability, case) == (89, "swiglu_backward, of payloads"):
-        # For Ada, Triton 3.7.1's code keeps a word on the stack with any limit from 124 to 150 registers; 160 leave room for one program.
-        spilled = set(re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue()))
-        assert spilled <= {"0", "4"}, log.getvalue()
+        # The assembler chooses 128 registers here, and for Ada keeps a word on the stack (of Triton 3.6 and 3.7.1, not of 3.9). With
+        # 160 it does not, and a multiprocessor has room for one program instead of two.
+        spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
+        assert len(spilled) == 2 and set(spilled) <= {"0", "4"} and "C75" not in log.getvalue(), log.getvalue()
+        assert sass_resources(compiled, tmp_path)[1] <= 8
         return
     assert_well_assembled(compiled, log.getvalue(), tmp_path)
 

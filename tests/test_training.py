@@ -216,6 +216,17 @@ def test_unfused(train: Train, fp8: Run) -> None:
     assert unfused.losses != fp8.losses[:2] and largest_gap(unfused, fp8) < 0.002
 
 
+def test_inputs_of_swiglu_in_fp8(train: Train, fp8: Run) -> None:
+    """Under FSDP2, compiled, with checkpointing by op: the first loss is the other's, gradients differ a little."""
+    options = ["--compile.enable", "--compile.components=model", "--compile.backend=aot_eager"]
+    options += ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
+    kept = train("debug_blockwise_fp8", *options, "--blockwise_fp8.swiglu_inputs=fp8", steps=3)
+    plain = train("debug_blockwise_fp8", *options, steps=3)
+    report = json.loads((kept.folder / "blockwise_fp8_conversion.json").read_text())
+    assert sum(fusion["swiglu_inputs"] == "fp8" for fusion in report["fusions"]) == 6
+    assert kept.losses[0] == plain.losses[0] and kept.losses != plain.losses and largest_gap(kept, plain) < 0.002
+
+
 def test_ddp(train: Train, bf16: Run, fp8_from_bf16: Run) -> None:
     replicated = train(
         "debug_blockwise_fp8",

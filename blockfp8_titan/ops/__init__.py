@@ -2,13 +2,7 @@
 
 from .feed_forward import gated_feed_forward
 from .gemm import gemm_1x128_1x128, gemm_1x128_128x128
-from .producers import (
-    Layout,
-    rms_norm_quantize_1x128,
-    swiglu_backward_quantize_1x128_both,
-    swiglu_quantize_1x128,
-    swiglu_quantize_1x128_with_inputs,
-)
+from .producers import Layout
 from .quantize import (
     quantize_1x128,
     quantize_1x128_both,
@@ -17,7 +11,13 @@ from .quantize import (
     quantize_128x128_both,
     transpose_fp8,
 )
+from .rms_norm import rms_norm_quantize_1x128
 from .shards import amax_128x128_, quantize_rows
+from .swiglu import (
+    swiglu_backward_quantize_1x128_both,
+    swiglu_quantize_1x128,
+    swiglu_quantize_1x128_with_inputs,
+)
 
 __all__ = [
     "Layout",

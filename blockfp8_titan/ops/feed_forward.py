@@ -4,18 +4,18 @@ Activation checkpointing decides op by op. Of several ops in a row, of which it 
 others again all the same, unless a compiler finds out that nobody needs them.
 """
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
+from ..formats import BLOCK, ceil_div
 from ..recipe import GemmBackend, ScaleFormat
 from .backend import QuantizeBackend
 from .gemm import gemm_1x128_128x128
-from .layouts import group_multipliers, row_major
-from .library import define
-from .producers import swiglu_quantize_1x128_with_inputs
-
-Quantized = tuple[Tensor, Tensor]
-"""Payload and multipliers."""
+from .layouts import E4M3, Quantized, group_multipliers, row_major
+from .library import FLOATS, check_choice, check_matrix, define
+from .swiglu import swiglu_quantize_1x128_with_inputs
 
 
 def gated_feed_forward(
@@ -43,12 +43,39 @@ def gated_feed_forward(
         y: [M, N] in out_dtype.
         gate, up: as `quantize_1x128` of [M, F].
     Raises:
-        ValueError: as the ops that it is made of; or the backend, and why it cannot run here.
+        ValueError: names the argument, its value and the requirement; or the backend, and why it cannot run here.
     """
+    _, K = _check_pair("x", x, x[0], None, group_rows=True)
+    F, _ = _check_pair("w1", w1, x[0], K)
+    if _check_pair("w3", w3, x[0], K)[0] != F:
+        raise ValueError(f"w3 has shape {tuple(w3[0].shape)}: must have the rows of w1, {F}")
+    _check_pair("w2", w2, x[0], F)
+    check_choice("out_dtype", out_dtype, FLOATS)
+    check_choice("scale_format", scale_format, get_args(ScaleFormat))
+    check_choice("quantize_backend", quantize_backend, get_args(QuantizeBackend))
     y, *kept = torch.ops.blockfp8.gated_feed_forward.default(
         *(*x, *w1, *w3, *w2, out_dtype, scale_format, backend, down_backend, quantize_backend)
     )
     return y, tuple(kept[:2]), tuple(kept[2:])
+
+
+def _check_pair(
+    name: str, pair: Quantized, like: Tensor, columns: int | None, *, group_rows: bool = False
+) -> tuple[int, int]:
+    """The shape of a payload. Raises ValueError unless it has so many columns and its multipliers fit."""
+    q, dq = pair
+    check_matrix(f"{name}'s payload", q, (E4M3,))
+    check_matrix(f"{name}'s multipliers", dq, (torch.float32,))
+    rows, K = q.shape
+    if columns is not None and columns != K:
+        raise ValueError(f"{name} has shape {tuple(q.shape)}: its second dimension must be {columns}")
+    expected = (rows if group_rows else ceil_div(rows, BLOCK), ceil_div(K, BLOCK))
+    if dq.shape != expected:
+        raise ValueError(f"{name}'s multipliers have shape {tuple(dq.shape)}: must be {expected} for its payload")
+    for tensor in pair:
+        if tensor.device != like.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {like.device}: must be on one device")
+    return rows, K
 
 
 def _compute(

@@ -10,6 +10,9 @@ from ..formats import ALIGNMENT, BLOCK, ceil_div, round_up
 
 E4M3 = torch.float8_e4m3fn
 
+Quantized = tuple[Tensor, Tensor]
+"""Payload and multipliers."""
+
 
 def row_major(like: Tensor, m: int, k: int) -> Tensor:
     """A payload."""
