@@ -4,6 +4,8 @@
     python scripts/compare_throughput.py llama3_8b --data outputs/data --set training.local_batch_size=2 --rounds 3 \\
         --converters bf16 blockwise_fp8 blockwise_fp8,blockwise_fp8.wgrad=fp8_block float8_tensorwise torchao_blockwise+saved
     python scripts/compare_throughput.py llama3_8b --layers 8 --checkpointing op full --seconds 540
+    python scripts/compare_throughput.py llama3_8b --data outputs/data --nprocs 2 4 8 --name scaling_8b \
+        --each training.local_batch_size=2 training.local_batch_size=2,parallelism.tensor_parallel_degree=2
 
 Runs plain `torchrun -m torchtitan.train`. Chips and machines differ and drift: speeds are compared within a round, on one machine,
 and only then summed up over rounds. NAME.json is written after every run; the same command goes on where it ended: finished runs of
@@ -19,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -116,7 +119,7 @@ def key_of(arm: Arm, args: argparse.Namespace, code: str) -> str:
     work = {
         "config": config_path(arm.config).read_text(),
         "overrides": overrides_of(arm, args, Path("RUN")),
-        "nproc": args.nproc,
+        "nproc": arm.nproc or args.nproc,
         "skip": args.skip,
         "cold": args.cold,
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF"),
@@ -196,6 +199,26 @@ def summarise(runs: Sequence[Run], arms: Sequence[Arm]) -> list[dict[str, Any]]:
     return rows
 
 
+def scaling(runs: Sequence[Run], arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Where arms ran on several numbers of processes: a row for each number, with tokens/s per process relative to the least number,
+    the median over rounds that have both."""
+    alike: dict[tuple[str, str], list[Arm]] = {}
+    for arm in arms:
+        alike.setdefault((arm.work, arm.name), []).append(arm)
+    rows = []
+    for (work, name), of_work in alike.items():
+        least, *more = sorted(of_work, key=lambda arm: arm.nproc)
+        of_least = [run for run in runs if (run.group, run.arm) == (least.group, name)]
+        for arm in (least, *more) if more else ():
+            of_arm = [run for run in runs if (run.group, run.arm) == (arm.group, name)]
+            if done := [run.speed.tps for run in of_arm if run.speed]:
+                found = ratios(of_arm, of_least, "tps")
+                efficiency = statistics.median(found) if found else None
+                row = {"work": work, "arm": name, "nproc": arm.nproc, "tps": statistics.median(done)}
+                rows.append(row | {"efficiency": efficiency})
+    return rows
+
+
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     if not row["rounds"]:
         return (row["arm"], "0", *["—"] * 10)
@@ -238,6 +261,19 @@ def overview(rows: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def scaling_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Of `scaling`, as Markdown."""
+    cells = [
+        (
+            *(row["work"], row["arm"], f"{row['nproc']}", f"{row['tps']:,.0f}", f"{row['nproc'] * row['tps']:,.0f}"),
+            "—" if row["efficiency"] is None else f"{row['efficiency']:.3f}",
+        )
+        for row in rows
+    ]
+    header = ("runs", "run", "processes", "tokens/s/process", "tokens/s", "per process, × the least number's")
+    return "\n\n".join(["### Scaling", table(header, cells, left=2)])
+
+
 def report(result: dict[str, Any]) -> str:
     """The whole result as Markdown."""
     gpus = result["hardware"].get("gpus") or ["no GPU"]
@@ -247,13 +283,15 @@ def report(result: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "# Throughput of whole training runs",
-            f"{result['nproc']} processes, {len(gpus)} × {gpus[0]}; {found}; {result['date']}, commit {result['commit']}.",
+            f"{' or '.join(map(str, result['nprocs']))} processes, {len(gpus)} × {gpus[0]}; {found}; "
+            f"{result['date']}, commit {result['commit']}.",
             f"{result['steps']} steps a run, the first {result['skip']} left out of tokens/s; torch.compile {compiled}; "
             f"settings of all runs: {settings}.",
             "Medians over rounds, in which the runs take turns; × bf16 is the median of each round's ratio. Spread in a run is "
             "(90th - 10th percentile) / median of the steps' tokens/s. First step: from the start of training to the end of step 1, "
             f"compilation included, {'with empty caches' if result['cold'] else 'with caches that earlier runs may have filled'}.",
             overview(result["summary"]),
+            *([scaling_table(result["scaling"])] if result["scaling"] else []),
         ]
     )
 
@@ -335,7 +373,7 @@ def run_once(arm: Arm, number: int, key: str, here: str, args: argparse.Namespac
         bar.update(step.step - seen)
         seen = step.step
 
-    bar.set_description(f"round {number}, {arm.name}")
+    bar.set_description(f"round {number}, {arm.group}, {arm.name}")
     try:
         with tempfile.TemporaryDirectory() as caches:
             steps = train_arm(
@@ -366,10 +404,10 @@ def reason_of(error: TrainingFailed) -> str:
 
 def describe(run: Run) -> str:
     if run.speed is None:
-        return f"round {run.round}  {run.arm}: failed after {run.seconds:.0f} s"
+        return f"round {run.round}  {run.group}  {run.arm}: failed after {run.seconds:.0f} s"
     speed = run.speed
     return (
-        f"round {run.round}  {run.arm}: {speed.tps:,.0f} tokens/s ± {speed.tps_spread / 2:.1%}  {speed.memory:.1f} GiB  "
+        f"round {run.round}  {run.group}  {run.arm}: {speed.tps:,.0f} tokens/s ± {speed.tps_spread / 2:.1%}  {speed.memory:.1f} GiB  "
         f"loss {speed.loss:.4f}  {run.seconds:.0f} s"
     )
 
@@ -385,6 +423,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="activation checkpointing: everything runs under each of these (default: as the config has it)",
     )
     add_arguments(parser, steps=20)
+    parser.add_argument(
+        "--nprocs",
+        nargs="+",
+        type=int,
+        metavar="NPROC",
+        help="everything runs on each of these numbers of processes (default: --nproc)",
+    )
+    parser.add_argument(
+        "--each",
+        nargs="+",
+        type=lambda text: tuple(re.split(r",(?=[\w.]+=)", text)),
+        default=[()],
+        metavar="KEY=VALUE[,KEY=VALUE...]",
+        help="everything, bf16 too, runs under each of these torchtitan overrides",
+    )
     parser.add_argument("--skip", type=int, default=5, help="first steps left out of tokens/s (default: %(default)s)")
     parser.add_argument(
         "--cold",
@@ -405,15 +458,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.steps <= args.skip:
         parser.error(f"--steps {args.steps}: must be more than --skip {args.skip}, or nothing is left to measure")
     arms = [
-        Arm(config, converter, settings, checkpointing)
+        Arm(config, converter, settings, checkpointing, variant, nproc)
         for config in args.configs
         for checkpointing in args.checkpointing
+        for variant in args.each
+        for nproc in args.nprocs or [0]
         for converter, settings in args.converters
     ]
+    if args.nprocs and min(args.nprocs) < 1:
+        parser.error(f"--nprocs {min(args.nprocs)}: must be 1 or more")
     if not any(arm.is_base for arm in arms):
         parser.error("--converters: bf16 must be among them, the others are compared with it")
     if len({(arm.group, arm.name) for arm in arms}) < len(arms):
-        parser.error("configs, --converters, --checkpointing: the same run twice")
+        parser.error("configs, --converters, --checkpointing, --each, --nprocs: the same run twice")
     code = digest_of_code()
     try:
         keys = {arm: key_of(arm, args, code) for arm in arms}
@@ -434,10 +491,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = {
             **provenance(),
             **{"configs": args.configs, "layers": args.layers, "compile": args.compile, "settings": args.set},
-            **{"nproc": args.nproc, "steps": args.steps, "skip": args.skip, "log_freq": args.log_freq},
+            **{
+                "nprocs": args.nprocs or [args.nproc],
+                "steps": args.steps,
+                "skip": args.skip,
+                "log_freq": args.log_freq,
+            },
             **{"cold": args.cold},
             "overrides": {f"{arm.group}/{arm.name}": overrides_of(arm, args, Path(arm.folder))[1:] for arm in arms},
             "summary": summarise(runs, arms),
+            "scaling": scaling(runs, arms),
             "runs": [asdict(run) for run in runs],
         }
         text = json.dumps(result, indent=1) + "\n"
@@ -476,6 +539,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (args.out / f"{args.name}.md").write_text(report(result) + "\n")
     plot(result, args.out / f"{args.name}.png")
     print(f"\n{overview(result['summary'])}\n")
+    if result["scaling"]:
+        print(f"{scaling_table(result['scaling'])}\n")
     if left:
         print(f"time was up: {left} runs were not begun; the same command goes on with them")
     if interrupted:

@@ -64,6 +64,10 @@ class Arm:
     """KEY=VALUE, torchtitan's overrides."""
     checkpointing: str = ""
     """Of `CHECKPOINTING`; empty: as the config has it."""
+    variant: tuple[str, ...] = ()
+    """KEY=VALUE, settings that its group's bf16 has too."""
+    nproc: int = 0
+    """Processes; 0: as --nproc says."""
 
     @property
     def name(self) -> str:
@@ -72,8 +76,13 @@ class Arm:
     @property
     def group(self) -> str:
         """Arms of one group differ in converter and settings, and are compared with the group's plain bf16."""
-        config = Path(self.config).stem
-        return f"{config}, activation checkpointing {self.checkpointing}" if self.checkpointing else config
+        return ", ".join([self.work, *([f"{self.nproc} processes"] if self.nproc else [])])
+
+    @property
+    def work(self) -> str:
+        """What arms do on however many processes, apart from converter and settings."""
+        checkpointing = [f"activation checkpointing {self.checkpointing}"] if self.checkpointing else []
+        return ", ".join([Path(self.config).stem, *checkpointing, *self.variant])
 
     @property
     def folder(self) -> str:
@@ -184,7 +193,7 @@ def overrides_of(arm: Arm, args: argparse.Namespace, folder: Path) -> list[str]:
     if args.layers:
         overrides.append(f"--model.flavor={cut_flavor(arm.config, args.layers)}")
     common = [setting for setting in args.set if arm.converter == "blockwise_fp8" or not setting.startswith(OURS)]
-    settings = [*common, *CHECKPOINTING.get(arm.checkpointing, []), *arm.settings]
+    settings = [*common, *CHECKPOINTING.get(arm.checkpointing, []), *arm.variant, *arm.settings]
     return overrides + [f"--{setting}" for setting in settings]
 
 
@@ -212,7 +221,7 @@ def train_arm(
     return train(
         config_path(arm.config),
         [*overrides_of(arm, args, folder), *extra],
-        nproc=args.nproc,
+        nproc=arm.nproc or args.nproc,
         log=folder / "log.txt",
         timeout=timeout,
         cache=cache,

@@ -1,6 +1,7 @@
 """The comparisons of whole runs: command lines, summaries, resuming; the trainer itself is replaced."""
 
 import argparse
+import dataclasses
 import importlib
 import itertools
 import json
@@ -131,6 +132,12 @@ def test_groups_and_names_tell_arms_apart() -> None:
     ours = Arm("llama3_8b", "blockwise_fp8", ("blockwise_fp8.wgrad=bf16",), "op")
     assert (ours.group, ours.name) == ("llama3_8b, activation checkpointing op", "blockwise_fp8 wgrad=bf16")
     assert ours.folder == "llama3_8b_activation_checkpointing_op_blockwise_fp8_wgrad=bf16"
+    wide = Arm("debug", "bf16", variant=("parallelism.tensor_parallel_degree=2",), nproc=4)
+    assert (wide.group, wide.name, wide.is_base) == (
+        "debug, parallelism.tensor_parallel_degree=2, 4 processes",
+        "bf16",
+        True,
+    )
     assert Arm("x.toml", "bf16").is_base and not Arm("x", "bf16", ("a=b",)).is_base and not ours.is_base
 
 
@@ -201,6 +208,68 @@ def test_a_round_without_its_base_gives_no_ratio() -> None:
     _, ours = compare.summarise(found, ARMS)
     assert ours["tps_ratios"] == pytest.approx([1.1, 1.1]) and ours["rounds"] == 2
     assert "first_step_ratio" not in ours and ours["first_step"] == 30
+
+
+def test_scaling_compares_with_the_least_number_of_processes() -> None:
+    arms = [Arm("debug", name, nproc=n) for n in (4, 2, 8) for name in ("bf16", "blockwise_fp8")]
+    runs = [
+        dataclasses.replace(done(name, number, tps), group=f"debug, {n} processes")
+        for name, number, n, tps in (
+            *(("bf16", 1, 2, 100), ("bf16", 1, 4, 90), ("bf16", 2, 2, 50), ("bf16", 2, 4, 40)),
+            *(("blockwise_fp8", 1, 4, 110), ("blockwise_fp8", 2, 2, 60)),
+        )
+    ]
+    rows = compare.scaling(runs, arms)
+    assert [(row["arm"], row["nproc"], row["tps"]) for row in rows] == [
+        *(("bf16", 2, 75), ("bf16", 4, 65)),
+        *(("blockwise_fp8", 2, 60), ("blockwise_fp8", 4, 110)),
+    ]
+    assert [row["efficiency"] for row in rows] == [1, pytest.approx(0.85), 1, None]
+    assert "| debug | bf16 | 4 | 65 | 260 | 0.850 |" in compare.scaling_table(rows)
+    assert compare.scaling(runs, ARMS) == []
+
+
+def test_everything_runs_on_each_number_of_processes_and_under_each_setting(
+    trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = [
+        "debug",
+        "--steps",
+        "8",
+        "--rounds",
+        "1",
+        "--name",
+        "s",
+        "--out",
+        str(tmp_path),
+        "--runs",
+        str(tmp_path / "r"),
+    ]
+    tp = "parallelism.tensor_parallel_degree=2"
+    assert (
+        compare.main(
+            [*command, "--nprocs", "2", "4", "--each", "training.local_batch_size=2", f"training.seq_len=64,{tp}"]
+        )
+        == 0
+    )
+    assert trained == ["bf16", "blockwise_fp8"] * 4
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert result["nprocs"] == [2, 4] and len(result["scaling"]) == 8
+    overrides = result["overrides"][f"debug, training.seq_len=64, {tp}, 4 processes/bf16"]
+    assert f"--{tp}" in overrides and "--training.seq_len=64" in overrides
+    text = (tmp_path / "s.md").read_text()
+    assert (
+        "2 or 4 processes" in text
+        and "### debug, training.local_batch_size=2, 2 processes" in text
+        and "### Scaling" in text
+    )
+    for arguments, message in (
+        (["--nprocs", "0"], "--nprocs 0: must be 1 or more"),
+        (["--nprocs", "2", "2"], "the same run twice"),
+    ):
+        with pytest.raises(SystemExit):
+            compare.main([*command, *arguments])
+        assert message in capsys.readouterr().err
 
 
 def test_a_failed_run_is_reported() -> None:
