@@ -71,17 +71,17 @@ class BlockwiseFP8:
     Llama, Qwen or DeepSeek blocks, "off" nowhere.
     """
 
-    swiglu_inputs: SwiGLUInputs = "bf16"
+    swiglu_inputs: SwiGLUInputs = "fp8"
     """
-    What fused feed-forwards keep of w1(x) and w3(x), SwiGLU's inputs, for backward: "bf16" the values; "fp8" e4m3 in groups of 128,
-    half of the bytes, so that checkpointing by op need not compute them again, at the cost of some accuracy of gradients. No effect
+    What fused feed-forwards keep of w1(x) and w3(x), SwiGLU's inputs, for backward: "fp8" e4m3 in groups of 128, half of the bytes, so
+    that checkpointing by op need not compute them again, at the cost of some accuracy of gradients; "bf16" the values. No effect
     where nothing is fused, or under checkpointing that keeps neither.
     """
 
     ac_save: ActivationSave = "balanced"
     """
-    Which outputs of fp8 GEMMs selective activation checkpointing by op keeps: "gemm" all, the fastest; "balanced" as many bytes as
-    it keeps of a bf16 model; "none" none, the smallest.
+    Which outputs of fp8 GEMMs selective activation checkpointing by op keeps: "gemm" all, the fastest; "balanced" somewhat fewer
+    bytes than it keeps of a bf16 model; "none" none, the smallest.
     """
 
     health_freq: int = 500

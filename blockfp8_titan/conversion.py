@@ -173,7 +173,8 @@ def plan_conversion(
         rules: in order, the first match decides; as `Rule` or as dicts with its keys.
         recipe: how a converted Linear computes where its rule says nothing.
         fuse: "auto" lets norms and feed-forwards that `fusion` knows quantise what they compute; "off" none.
-        swiglu_inputs: what fused feed-forwards keep of w1(x) and w3(x) for backward: "bf16" the values, "fp8" quantised.
+        swiglu_inputs: what fused feed-forwards keep of w1(x) and w3(x) for backward: "bf16" the values; "fp8" quantised, in half of the
+            bytes, which pays where checkpointing would compute them again.
     Raises:
         ValueError: names the rule or the FQN and the way out. The model is a Linear itself, is sharded, or is converted already;
             a rule is malformed or matches no Linear; one module has two names for which the decisions differ.

@@ -89,20 +89,13 @@ def fuse_beside(section: BlockwiseFP8, degree: int) -> Fuse:
     return section.fuse if degree == 1 else "off"
 
 
-def swiglu_inputs_beside(job_config: JobConfig, degree: int) -> tuple[SwiGLUInputs, str]:
-    """What fused feed-forwards are to keep, and why not fp8 where the section asks for that."""
+def swiglu_inputs_beside(job_config: JobConfig) -> SwiGLUInputs:
+    """What fused feed-forwards are to keep: where checkpointing computes it again, rounding it would gain nothing."""
     section = section_of(job_config)
-    if section.swiglu_inputs != "fp8":
-        return section.swiglu_inputs, ""
-    if fuse_beside(section, degree) == "off":
-        return "bf16", "no feed-forward is fused"
-    mode = job_config.activation_checkpoint.mode
-    if checkpoints_by_op(job_config):
-        return ("bf16", 'ac_save = "none" keeps neither w1(x) nor w3(x)') if section.ac_save == "none" else ("fp8", "")
-    if mode in ("full", "selective"):
-        # They would be rounded in the blocks that are computed again, for nothing.
-        return "bf16", "activation checkpointing of whole blocks keeps neither w1(x) nor w3(x)"
-    return "fp8", ""
+    kept = (
+        section.ac_save != "none" if checkpoints_by_op(job_config) else job_config.activation_checkpoint.mode == "none"
+    )
+    return section.swiglu_inputs if kept else "bf16"
 
 
 def check_tensor_parallel_job(job_config: JobConfig, degree: int) -> None:
@@ -156,8 +149,6 @@ def notes_on_job(report: ConversionReport, job_config: JobConfig, degree: int, f
         notes += note_on_gathers(section, degree)
     if section.fuse != fuse_beside(section, degree):
         notes.append(f'fuse = "{section.fuse}" has no effect beside tensor parallelism of degree {degree}')
-    if obstacle := swiglu_inputs_beside(job_config, degree)[1]:
-        notes.append(f'swiglu_inputs = "{section.swiglu_inputs}" has no effect: {obstacle}')
     if checkpoints_by_op(job_config):
         notes.append(checkpointing_note(report, section.ac_save))
     return notes
@@ -208,7 +199,7 @@ class BlockwiseFP8Converter:
                 self.rules,
                 recipe=self.section.recipe(),
                 fuse=fuse,
-                swiglu_inputs=swiglu_inputs_beside(self.job_config, self.tensor_parallel_degree)[0],
+                swiglu_inputs=swiglu_inputs_beside(self.job_config),
             )
         except ValueError as error:
             raise ValueError(f"[{NAME}] {error}") from error

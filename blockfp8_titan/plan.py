@@ -118,7 +118,7 @@ def plan(job_config: JobConfig, model: nn.Module) -> ConversionReport:
     try:
         fuse = fuse_beside(section, degree)
         report = plan_conversion(
-            model, rules, recipe=section.recipe(), fuse=fuse, swiglu_inputs=swiglu_inputs_beside(job_config, degree)[0]
+            model, rules, recipe=section.recipe(), fuse=fuse, swiglu_inputs=swiglu_inputs_beside(job_config)
         )
         if job_config.model.name in _supported_models:
             check_tensor_parallel_sizes(report, degree)

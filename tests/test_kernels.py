@@ -120,16 +120,22 @@ CASES = {
         {"WITH_H": True, "RUN": 4, "PADDED": True, "POW2": True},
         {"num_warps": 8},
     ),
-    "swiglu_and_inputs": (
-        producers._quantize_swiglu_and_inputs_kernel,
+    "swiglu_rows": (
+        producers._quantize_swiglu_rows_kernel,
         {"gate_ptr": "*bf16", "up_ptr": "*bf16"},
-        {"RUN": 4, "POW2": False},
+        {"WITH_INPUTS": False, "BLOCK_M": 32, "POW2": False},
         {"num_warps": 8},
     ),
-    "swiglu_and_inputs, fp32": (
-        producers._quantize_swiglu_and_inputs_kernel,
+    "swiglu_rows, and inputs": (
+        producers._quantize_swiglu_rows_kernel,
+        {"gate_ptr": "*bf16", "up_ptr": "*bf16"},
+        {"WITH_INPUTS": True, "BLOCK_M": 32, "POW2": False},
+        {"num_warps": 8},
+    ),
+    "swiglu_rows, and inputs, fp32": (
+        producers._quantize_swiglu_rows_kernel,
         {"gate_ptr": "*fp32", "up_ptr": "*fp32"},
-        {"RUN": 4, "POW2": True},
+        {"WITH_INPUTS": True, "BLOCK_M": 32, "POW2": True},
         {"num_warps": 8},
     ),
     "swiglu_backward, padded": (

@@ -132,8 +132,8 @@ def _quantize_swiglu_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M"])  # see pack_e4m3
-def _quantize_swiglu_and_inputs_kernel(
+@triton.jit
+def _quantize_swiglu_rows_kernel(
     gate_ptr,
     up_ptr,
     h_q_ptr,
@@ -146,24 +146,27 @@ def _quantize_swiglu_and_inputs_kernel(
     K,
     gate_stride,
     up_stride,
-    RUN: tl.constexpr,
+    WITH_INPUTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     POW2: tl.constexpr,
 ):
-    """gate, up [M, K] -> h = silu(gate) * up, gate and up, quantised along rows. Programs share the work as those of the gradients do."""
-    row, column = tl.program_id(1), tl.program_id(0) // 3
-    result = tl.program_id(0) % 3
-    m, k, mask = tile_in_runs(row, column, M, K, RUN)
-    if result == 0:
-        gate = to_fp32(_load_tile(gate_ptr, row, m, k, gate_stride, mask))
-        up = to_fp32(_load_tile(up_ptr, row, m, k, up_stride, mask))
-        h = _round_to(swiglu(gate, up), gate_ptr)
-        store_rows(h, column, m, k, mask, h_q_ptr, h_dq_ptr, M, K, POW2)
-    elif result == 1:
-        gate = to_fp32(_load_tile(gate_ptr, row, m, k, gate_stride, mask))
-        store_rows(gate, column, m, k, mask, gate_q_ptr, gate_dq_ptr, M, K, POW2)
-    else:
-        up = to_fp32(_load_tile(up_ptr, row, m, k, up_stride, mask))
-        store_rows(up, column, m, k, mask, up_q_ptr, up_dq_ptr, M, K, POW2)
+    """gate, up [M, K] -> h = silu(gate) * up, quantised along rows; gate and up too if WITH_INPUTS.
+
+    A program has BLOCK_M rows of a group of columns: rows alone need no whole tile, and the fewer registers a program takes, the more
+    run at a time. Neighbouring programs walk along rows.
+    """
+    groups = tl.cdiv(K, BLOCK)
+    group = tl.program_id(0) % groups
+    m = (tl.program_id(0) // groups).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = group * BLOCK + tl.arange(0, BLOCK)
+    mask = (m < M)[:, None] & (k < K)[None, :]
+    gate = to_fp32(tl.load(gate_ptr + m[:, None] * gate_stride + k[None, :], mask=mask, other=0.0))
+    up = to_fp32(tl.load(up_ptr + m[:, None] * up_stride + k[None, :], mask=mask, other=0.0))
+    h = _round_to(swiglu(gate, up), gate_ptr)
+    store_rows(h, group, m, k, mask, h_q_ptr, h_dq_ptr, M, K, POW2)
+    if WITH_INPUTS:
+        store_rows(gate, group, m, k, mask, gate_q_ptr, gate_dq_ptr, M, K, POW2)
+        store_rows(up, group, m, k, mask, up_q_ptr, up_dq_ptr, M, K, POW2)
 
 
 @triton.jit(do_not_specialize=["M"])  # see pack_e4m3

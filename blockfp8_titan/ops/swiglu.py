@@ -1,5 +1,7 @@
 """SwiGLU and its gradients, quantised in the kernels that compute them: checks, allocation, launch. See `producers`."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,9 @@ from .layouts import E4M3, column_major, contiguous_rows, tiles
 from .library import check_choice, check_matrix, define, kernels, launch
 from .producers import LAYOUTS, Layout, allocate, fits_a_cap, launch_tiles, quantize
 from .quantize import check_quantizable
+
+_FEW_ROWS = 32
+"""Of a program that quantises along rows alone."""
 
 
 def swiglu_quantize_1x128(
@@ -187,7 +192,9 @@ def _cuda_swiglu(gate: Tensor, up: Tensor, layout: Layout, scale_format: ScaleFo
         return _reference_swiglu(gate, up, layout, scale_format, backend)
     outs = allocate(gate, layout)
     gate, up = contiguous_rows(gate), contiguous_rows(up)
-    if gate.shape[0]:
+    if gate.shape[0] and layout == "rows":
+        _launch_rows(gate, up, outs, scale_format)
+    elif gate.shape[0]:
         strides = (gate.stride(0), up.stride(0))
         launch_tiles(
             kernels("producers")._quantize_swiglu_kernel, (gate, up), layout, outs, gate.shape, strides, scale_format
@@ -200,17 +207,23 @@ def _cuda_swiglu_with_inputs(gate: Tensor, up: Tensor, scale_format: ScaleFormat
         return _reference_swiglu_with_inputs(gate, up, scale_format, backend)
     outs = _allocate_swiglu_with_inputs(gate, up, scale_format, backend)
     gate, up = contiguous_rows(gate), contiguous_rows(up)
-    M, K = gate.shape
-    if M:
-        columns, rows, _ = tiles(M, K)
-        launch(
-            kernels("producers")._quantize_swiglu_and_inputs_kernel,
-            (3 * columns, rows, 1),
-            (gate, up, *outs, M, K, gate.stride(0), up.stride(0)),
-            (4, scale_format == "pow2"),
-            num_warps=8,
-        )
+    if gate.shape[0]:
+        _launch_rows(gate, up, outs, scale_format)
     return outs
+
+
+def _launch_rows(gate: Tensor, up: Tensor, outs: Sequence[Tensor], scale_format: ScaleFormat) -> None:
+    """outs: h's rows, and those of gate and up where they are wanted."""
+    M, K = gate.shape
+    with_inputs = len(outs) > 2
+    pointers = outs if with_inputs else (*outs, *outs, *outs)  # those that the kernel does not use have to be something
+    launch(
+        kernels("producers")._quantize_swiglu_rows_kernel,
+        (ceil_div(M, _FEW_ROWS) * ceil_div(K, BLOCK), 1, 1),
+        (gate, up, *pointers, M, K, gate.stride(0), up.stride(0)),
+        (with_inputs, _FEW_ROWS, scale_format == "pow2"),
+        num_warps=8,
+    )
 
 
 def _cuda_swiglu_backward(
