@@ -58,6 +58,11 @@ class QuantizingRMSNorm(nn.RMSNorm):
         return *rows, *run("columns", rstd if self.recomputation.output else None)
 
 
+def fused_gradients_run(dy: Tensor) -> bool:
+    """Whether RMSNorm's gradients are PyTorch's kernel; elsewhere it has none, and compiled inductor makes one of the formula."""
+    return dy.is_cuda and dy.numel() > 0 and not torch.compiler.is_compiling()
+
+
 class _RMSNorm(torch.autograd.Function):
     """Connects x and weight to the carrier of their quantised RMSNorm; rstd [M]."""
 
@@ -71,11 +76,10 @@ class _RMSNorm(torch.autograd.Function):
         refuse_double_backward()
         x, weight, rstd = ctx.saved_tensors
         wants_dx, wants_dw = ctx.needs_input_grad[:2]
-        if dy.is_cuda and dy.numel() and not torch.compiler.is_compiling():
+        if fused_gradients_run(dy):
             rstd = rstd.view(*x.shape[:-1], 1)
             mask = [wants_dx, wants_dw]
             return *torch.ops.aten._fused_rms_norm_backward(dy, x, weight.shape, rstd, weight, mask), None
-        # Elsewhere PyTorch has no such kernel, and compiled inductor makes one of this.
         dy_2d = dy.reshape(-1, dy.shape[-1]).float()
         normalized = x.reshape(dy_2d.shape).float() * rstd[:, None]
         dx = dw = None

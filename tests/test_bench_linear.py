@@ -47,7 +47,7 @@ def one(subject: str, *converters: str, modes: tuple[str, ...] = ("eager",)) -> 
     torch.manual_seed(0)
     clocks = {"timer": Clock(100.0), "ahead": Clock(80.0)}
     return bench.bench_subject(
-        *(subject, "tiny", TOKENS), converters=converters, modes=modes, device=CPU, seconds=5, **clocks
+        *(subject, "tiny", TOKENS), converters=converters, modes=modes, device=CPU, seconds=120, **clocks
     )
 
 

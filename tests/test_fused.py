@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from blockfp8_titan import convert_model
+from blockfp8_titan import convert_model, norm
 from blockfp8_titan.feed_forward import GatedFeedForward
 from blockfp8_titan.norm import QuantizingRMSNorm
 from blockfp8_titan.numerics import sqnr
@@ -118,8 +118,10 @@ def test_bytes_kept_for_backward(mode):
 @pytest.mark.parametrize("swiglu_inputs", ["bf16", "fp8"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiled_blocks_compute_what_eager_ones_do(device, backend, swiglu_inputs):
+def test_compiled_blocks_compute_what_eager_ones_do(device, backend, swiglu_inputs, monkeypatch):
     torch._dynamo.reset()
+    # Else the two round RMSNorm's gradients differently on a GPU.
+    monkeypatch.setattr(norm, "fused_gradients_run", lambda dy: False)
     # On a GPU as it trains; on a CPU bf16 is slow.
     options = {"dtype": torch.bfloat16, "layers": 2} if device == "cuda" else {}
     fused, _ = pair(device, swiglu_inputs=swiglu_inputs, **options)

@@ -181,8 +181,10 @@ def test_activation_checkpointing_changes_no_number(train: Train, fp8: Run, mode
     if mode != "full":
         overrides = ["--activation_checkpoint.mode=selective", f"--activation_checkpoint.selective_ac_option={mode}"]
     recomputed = train("debug_blockwise_fp8", *overrides, steps=2)
-    assert recomputed.losses == fp8.losses[:2]
-    assert recomputed.grad_norms == fp8.grad_norms[:2]
+    # Where whole blocks are computed again, nothing is kept in fp8.
+    plain = fp8 if mode == "op" else train("debug_blockwise_fp8", "--blockwise_fp8.swiglu_inputs=bf16", steps=2)
+    assert recomputed.losses == plain.losses[:2]
+    assert recomputed.grad_norms == plain.grad_norms[:2]
 
 
 @pytest.mark.parametrize("mode", ["none", "selective"])
@@ -220,8 +222,8 @@ def test_inputs_of_swiglu_in_fp8(train: Train, fp8: Run) -> None:
     """Under FSDP2, compiled, with checkpointing by op: the first loss is the other's, gradients differ a little."""
     options = ["--compile.enable", "--compile.components=model", "--compile.backend=aot_eager"]
     options += ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
-    kept = train("debug_blockwise_fp8", *options, "--blockwise_fp8.swiglu_inputs=fp8", steps=3)
-    plain = train("debug_blockwise_fp8", *options, steps=3)
+    kept = train("debug_blockwise_fp8", *options, steps=3)
+    plain = train("debug_blockwise_fp8", *options, "--blockwise_fp8.swiglu_inputs=bf16", steps=3)
     report = json.loads((kept.folder / "blockwise_fp8_conversion.json").read_text())
     assert sum(fusion["swiglu_inputs"] == "fp8" for fusion in report["fusions"]) == 6
     assert kept.losses[0] == plain.losses[0] and kept.losses != plain.losses and largest_gap(kept, plain) < 0.002
