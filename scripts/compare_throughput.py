@@ -175,13 +175,17 @@ def ratios(runs: Sequence[Run], base: Sequence[Run], value: str) -> list[float]:
     return [a / b for a, b in pairs if a is not None and b]
 
 
-def summarise(runs: Sequence[Run], arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """One row for each arm: medians over rounds, and the median, least and greatest of the ratios to the group's bf16."""
+def summarise(runs: Sequence[Run], arms: Sequence[Arm], nproc: int) -> list[dict[str, Any]]:
+    """One row for each arm: medians over rounds, and the median, least and greatest of the ratios to the group's bf16.
+
+    nproc: processes of arms that name no number of their own.
+    """
     rows = []
     for arm in arms:
         of_arm = [run for run in runs if (run.group, run.arm) == (arm.group, arm.name)]
         done = [run.speed for run in of_arm if run.speed]
-        row: dict[str, Any] = {"group": arm.group, "arm": arm.name, "converter": arm.converter, "rounds": len(done)}
+        row: dict[str, Any] = {"group": arm.group, "arm": arm.name, "converter": arm.converter}
+        row |= {"nproc": arm.nproc or nproc, "rounds": len(done)}
         row["failure"] = next((run.failure for run in of_arm if run.failure), None)
         if done:
             for field in ("tps", "tps_spread", "memory", "loss", "startup"):
@@ -499,7 +503,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             },
             **{"cold": args.cold},
             "overrides": {f"{arm.group}/{arm.name}": overrides_of(arm, args, Path(arm.folder))[1:] for arm in arms},
-            "summary": summarise(runs, arms),
+            "summary": summarise(runs, arms, args.nproc),
             "scaling": scaling(runs, arms),
             "runs": [asdict(run) for run in runs],
         }

@@ -168,7 +168,7 @@ def _of_throughput(path: Path, result: Mapping[str, Any]) -> list[Group]:
                 is_base=row["arm"] == BF16,
                 config=from_overrides(result["overrides"][f"{title}/{row['arm']}"]),
                 versions=result["versions"],
-                hardware={**result["hardware"], "processes": result["nproc"]},
+                hardware={**result["hardware"], "processes": row["nproc"]},
                 remark=f"failed: {row['failure']}" if row["failure"] else "",
             )
             if row["rounds"]:

@@ -19,6 +19,7 @@ import launch
 import profile_step
 import pytest
 import runs
+import subjects
 import torch
 import torchtitan.models.llama3.infra.parallelize as parallelize
 from compare_throughput import Run, Speed
@@ -195,7 +196,7 @@ def test_ratios_are_those_of_rounds() -> None:
         done("bf16", 2, 50),
         done("blockwise_fp8", 2, 70, memory=9),
     ]
-    base, ours = compare.summarise(found, ARMS)
+    base, ours = compare.summarise(found, ARMS, 2)
     assert base["tps_ratio"] == 1 and ours["tps_ratio"] == pytest.approx(1.35) and ours["tps"] == 100
     assert ours["tps_ratios"] == pytest.approx([1.3, 1.4])
     assert ours["memory_ratio"] == pytest.approx(0.95) and ours["rounds"] == 2
@@ -205,7 +206,7 @@ def test_ratios_are_those_of_rounds() -> None:
 
 def test_a_round_without_its_base_gives_no_ratio() -> None:
     found = [done("blockwise_fp8", 1, 130), done("bf16", 2, 100), done("blockwise_fp8", 2, 110, first_step=None)]
-    _, ours = compare.summarise(found, ARMS)
+    _, ours = compare.summarise(found, ARMS, 2)
     assert ours["tps_ratios"] == pytest.approx([1.1, 1.1]) and ours["rounds"] == 2
     assert "first_step_ratio" not in ours and ours["first_step"] == 30
 
@@ -255,6 +256,8 @@ def test_everything_runs_on_each_number_of_processes_and_under_each_setting(
     assert trained == ["bf16", "blockwise_fp8"] * 4
     result = json.loads((tmp_path / "s.json").read_text())
     assert result["nprocs"] == [2, 4] and len(result["scaling"]) == 8
+    groups = {group.subjects[0].hardware["processes"] for group in subjects.groups_of([tmp_path / "s.json"])}
+    assert groups == {2, 4}
     overrides = result["overrides"][f"debug, training.seq_len=64, {tp}, 4 processes/bf16"]
     assert f"--{tp}" in overrides and "--training.seq_len=64" in overrides
     text = (tmp_path / "s.md").read_text()
@@ -274,7 +277,7 @@ def test_everything_runs_on_each_number_of_processes_and_under_each_setting(
 
 def test_a_failed_run_is_reported() -> None:
     failed = Run("blockwise_fp8", "debug", "k", 1, "here", 3.0, None, "OutOfMemoryError: too much")
-    rows = compare.summarise([done("bf16", 1, 100), failed], ARMS)
+    rows = compare.summarise([done("bf16", 1, 100), failed], ARMS, 2)
     assert rows[1]["rounds"] == 0 and "blockwise_fp8 failed: OutOfMemoryError: too much" in compare.overview(rows)
 
 
