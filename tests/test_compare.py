@@ -20,11 +20,12 @@ import profile_step
 import pytest
 import runs
 import subjects
+import throughput
 import torch
 import torchtitan.models.llama3.infra.parallelize as parallelize
-from compare_throughput import Run, Speed
 from launch import Step, TrainingFailed
 from runs import Arm
+from throughput import Run, Speed
 from torchtitan.config import ConfigManager
 from torchtitan.models.llama3 import llama3_args
 from torchtitan.protocols.model_converter import _registry_model_converter_cls
@@ -154,28 +155,28 @@ def test_times_are_read_from_the_log(tmp_path: Path) -> None:
 
 
 def test_first_steps_are_left_out_with_the_interval_they_are_in() -> None:
-    assert [step.step for step in compare.measured(steps([1.0] * 6), 3)] == [4, 5, 6]
+    assert [step.step for step in throughput.measured(steps([1.0] * 6), 3)] == [4, 5, 6]
     # Lines at 1, 5, 10, 15: the one of step 5 holds steps 2 to 5, that of step 10 is the first without them.
     sparse = steps([1.0, 2.0, 3.0, 4.0], every=5)
-    assert [step.step for step in compare.measured(sparse, 5)] == [10, 15]
-    assert [step.step for step in compare.measured(sparse, 4)] == [10, 15]
-    assert compare.measured(sparse[:1], 0) == []
+    assert [step.step for step in throughput.measured(sparse, 5)] == [10, 15]
+    assert [step.step for step in throughput.measured(sparse, 4)] == [10, 15]
+    assert throughput.measured(sparse[:1], 0) == []
 
 
 def test_the_speed_of_a_run() -> None:
-    speed = compare.speed_of(steps([1.0, 50.0, 90.0, 100.0, 110.0]), 2, 7.5, 9.0)
+    speed = throughput.speed_of(steps([1.0, 50.0, 90.0, 100.0, 110.0]), 2, 7.5, 9.0)
     assert speed.tps == 100 and speed.tps_spread == pytest.approx(16 / 100)
     assert speed.steps == [(1, 1.0), (2, 50.0), (3, 90.0), (4, 100.0), (5, 110.0)]
     assert speed.loss == pytest.approx(5.2) and (speed.memory, speed.first_step, speed.startup) == (10, 7.5, 9)
-    assert compare.speed_of(steps([1.0, 50.0]), 1, None, 9.0).tps_spread == 0
+    assert throughput.speed_of(steps([1.0, 50.0]), 1, None, 9.0).tps_spread == 0
 
 
 def test_the_memory_of_tensors_is_what_the_run_recorded(tmp_path: Path) -> None:
-    assert compare.peak_of_tensors(tmp_path) is None
+    assert throughput.peak_of_tensors(tmp_path) is None
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "active_gib": 3.5}\n{"step": 2, "active_gib": 4.5}\n{"step": 3}\n'
     )
-    assert compare.peak_of_tensors(tmp_path) == 4.5
+    assert throughput.peak_of_tensors(tmp_path) == 4.5
 
 
 def done(
@@ -196,17 +197,17 @@ def test_ratios_are_those_of_rounds() -> None:
         done("bf16", 2, 50),
         done("blockwise_fp8", 2, 70, memory=9),
     ]
-    base, ours = compare.summarise(found, ARMS, 2)
+    base, ours = throughput.summarise(found, ARMS, 2)
     assert base["tps_ratio"] == 1 and ours["tps_ratio"] == pytest.approx(1.35) and ours["tps"] == 100
     assert ours["tps_ratios"] == pytest.approx([1.3, 1.4])
     assert ours["memory_ratio"] == pytest.approx(0.95) and ours["rounds"] == 2
     assert (ours["active"], ours["active_ratio"]) == (6, 0.75)
-    assert "| blockwise_fp8 | 2 | 100 | 1.0% | 1.350 (1.300–1.400) |" in compare.overview([base, ours])
+    assert "| blockwise_fp8 | 2 | 100 | 1.0% | 1.350 (1.300–1.400) |" in throughput.overview([base, ours])
 
 
 def test_a_round_without_its_base_gives_no_ratio() -> None:
     found = [done("blockwise_fp8", 1, 130), done("bf16", 2, 100), done("blockwise_fp8", 2, 110, first_step=None)]
-    _, ours = compare.summarise(found, ARMS, 2)
+    _, ours = throughput.summarise(found, ARMS, 2)
     assert ours["tps_ratios"] == pytest.approx([1.1, 1.1]) and ours["rounds"] == 2
     assert "first_step_ratio" not in ours and ours["first_step"] == 30
 
@@ -220,14 +221,14 @@ def test_scaling_compares_with_the_least_number_of_processes() -> None:
             *(("blockwise_fp8", 1, 4, 110), ("blockwise_fp8", 2, 2, 60)),
         )
     ]
-    rows = compare.scaling(runs, arms)
+    rows = throughput.scaling(runs, arms)
     assert [(row["arm"], row["nproc"], row["tps"]) for row in rows] == [
         *(("bf16", 2, 75), ("bf16", 4, 65)),
         *(("blockwise_fp8", 2, 60), ("blockwise_fp8", 4, 110)),
     ]
     assert [row["efficiency"] for row in rows] == [1, pytest.approx(0.85), 1, None]
-    assert "| debug | bf16 | 4 | 65 | 260 | 0.850 |" in compare.scaling_table(rows)
-    assert compare.scaling(runs, ARMS) == []
+    assert "| debug | bf16 | 4 | 65 | 260 | 0.850 |" in throughput.scaling_table(rows)
+    assert throughput.scaling(runs, ARMS) == []
 
 
 def test_everything_runs_on_each_number_of_processes_and_under_each_setting(
@@ -277,8 +278,8 @@ def test_everything_runs_on_each_number_of_processes_and_under_each_setting(
 
 def test_a_failed_run_is_reported() -> None:
     failed = Run("blockwise_fp8", "debug", "k", 1, "here", 3.0, None, "OutOfMemoryError: too much")
-    rows = compare.summarise([done("bf16", 1, 100), failed], ARMS, 2)
-    assert rows[1]["rounds"] == 0 and "blockwise_fp8 failed: OutOfMemoryError: too much" in compare.overview(rows)
+    rows = throughput.summarise([done("bf16", 1, 100), failed], ARMS, 2)
+    assert rows[1]["rounds"] == 0 and "blockwise_fp8 failed: OutOfMemoryError: too much" in throughput.overview(rows)
 
 
 # Resuming
@@ -289,11 +290,11 @@ def test_whole_rounds_of_another_machine_and_single_runs_of_this_one_are_kept() 
     half = done("bf16", 2, 3, machine="there")
     other_settings = done("bf16", 1, 5, key="changed")
     failed = Run("blockwise_fp8", "debug", "blockwise_fp8", 3, "here", 3.0, None, "no")
-    found = compare.reusable([*kept[:2], half, other_settings, kept[2], failed], ["bf16", "blockwise_fp8"], "here")
+    found = throughput.reusable([*kept[:2], half, other_settings, kept[2], failed], ["bf16", "blockwise_fp8"], "here")
     assert found == kept
     # A round of two machines compares nothing.
     mixed = [done("bf16", 1, 1, machine="there"), done("blockwise_fp8", 1, 2)]
-    assert compare.reusable(mixed, ["bf16", "blockwise_fp8"], "here") == mixed[1:]
+    assert throughput.reusable(mixed, ["bf16", "blockwise_fp8"], "here") == mixed[1:]
 
 
 def test_a_key_tells_what_changes_the_work() -> None:
