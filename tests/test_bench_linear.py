@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench_linear as bench
+import linear_subjects
 import pytest
 import torch
 import torch.nn as nn
@@ -52,14 +53,14 @@ def one(subject: str, *converters: str, modes: tuple[str, ...] = ("eager",)) -> 
 
 
 def test_subjects_have_the_sizes_of_the_block() -> None:
-    linears = bench.subject_of("linears", "tiny", TOKENS, CPU)
+    linears = linear_subjects.subject_of("linears", "tiny", TOKENS, CPU)
     kv = (DIM // 2, DIM)
     assert linears.sizes == ((DIM, DIM), kv, kv, (DIM, DIM), (HIDDEN, DIM), (DIM, HIDDEN), (HIDDEN, DIM))
     assert next(name for name, _ in linears.module.named_parameters()) == "attention.wq.weight"
-    block = bench.subject_of("block", "tiny", TOKENS, CPU)
+    block = linear_subjects.subject_of("block", "tiny", TOKENS, CPU)
     assert sorted(block.sizes) == sorted(linears.sizes) and block.inputs[0].shape == (1, TOKENS, DIM)
     assert {p.dtype for p in block.module.parameters()} == {torch.bfloat16} and block.module.freqs_cis.is_complex()
-    assert bench.subject_of("w2", "tiny", TOKENS, CPU).sizes == ((DIM, HIDDEN),)
+    assert linear_subjects.subject_of("w2", "tiny", TOKENS, CPU).sizes == ((DIM, HIDDEN),)
 
 
 def test_a_linear_has_three_gemms() -> None:
@@ -75,11 +76,14 @@ def test_the_roof_needs_every_gemm() -> None:
 
 
 def test_saved_storages_are_counted_once_and_without_parameters() -> None:
-    subject = bench.subject_of("linears", "tiny", TOKENS, CPU)
+    subject = linear_subjects.subject_of("linears", "tiny", TOKENS, CPU)
     # wq, wk and wv share an input; so do w1 and w3.
     inputs = 2 * TOKENS * (3 * DIM + HIDDEN)
-    for mode in bench.MODES:
-        assert bench.Step(subject.module, subject, mode).saved() == {"saved_bytes": inputs, "saved_weight_bytes": 0}
+    for mode in linear_subjects.MODES:
+        assert linear_subjects.Step(subject.module, subject, mode).saved() == {
+            "saved_bytes": inputs,
+            "saved_weight_bytes": 0,
+        }
 
 
 def test_saved_weights_are_told_apart() -> None:
@@ -87,16 +91,16 @@ def test_saved_weights_are_told_apart() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return nn.functional.linear(x, self.weight * 1)
 
-    subject = bench.subject_of("wk", "tiny", TOKENS, CPU)
+    subject = linear_subjects.subject_of("wk", "tiny", TOKENS, CPU)
     subject.module.linear.__class__ = KeepsACopy
     weight = 2 * DIM * DIM // 2
-    saved = bench.Step(subject.module, subject, "eager").saved()
+    saved = linear_subjects.Step(subject.module, subject, "eager").saved()
     assert saved == {"saved_bytes": 2 * TOKENS * DIM + weight, "saved_weight_bytes": weight}
 
 
 def test_a_step_leaves_no_gradients() -> None:
-    subject = bench.subject_of("w1", "tiny", TOKENS, CPU)
-    step = bench.Step(subject.module, subject, "eager")
+    subject = linear_subjects.subject_of("w1", "tiny", TOKENS, CPU)
+    step = linear_subjects.Step(subject.module, subject, "eager")
     step()
     y, dx, dw = step.results()
     assert y.shape == (TOKENS, HIDDEN) and dx.shape == (TOKENS, DIM) and dw.shape == (HIDDEN, DIM)
@@ -104,11 +108,11 @@ def test_a_step_leaves_no_gradients() -> None:
 
 
 def test_twins_share_parameters_and_not_modules() -> None:
-    module = bench.subject_of("block", "tiny", TOKENS, CPU).module
+    module = linear_subjects.subject_of("block", "tiny", TOKENS, CPU).module
     twin = bench._twin(module)
     assert all(a is b for a, b in zip(module.parameters(), twin.parameters(), strict=True))
     assert twin.freqs_cis is module.freqs_cis and twin.block is not module.block
-    bench.CONVERTERS["blockwise_fp8"].convert(twin)
+    linear_subjects.CONVERTERS["blockwise_fp8"].convert(twin)
     assert type(module.block.attention.wq) is nn.Linear and type(twin.block.attention.wq) is not nn.Linear
 
 
@@ -119,12 +123,12 @@ def record() -> dict:
 
 def test_a_subject_is_measured_under_all_converters_and_modes(record: dict) -> None:
     found = {(c["converter"], c["mode"]): c for c in record["candidates"]}
-    for mode in bench.MODES:
+    for mode in linear_subjects.MODES:
         bf16, ours, peer = (found[name, mode] for name in ("bf16", "blockwise_fp8", "torchao_blockwise"))
         assert (ours["us"], ours["gpu_us"], ours["host_us"], ours["ratio"]) == (100, 80, 10, 1)
         assert bf16["gemm_us"] == 21 * 80 and bf16["roof_share"] == pytest.approx(16.8)
         assert ours["roof_share"] is None  # cuBLASLt's GEMM needs a GPU
-        assert 0.01 < ours["error"] < bench.BLOCK_ERROR_BOUND and not ours["wrong"]
+        assert 0.01 < ours["error"] < linear_subjects.BLOCK_ERROR_BOUND and not ours["wrong"]
         assert bf16["error"] == 0 or mode == "compiled"
         assert 0 < ours["saved_bytes"] < 1.2 * bf16["saved_bytes"]
         assert "failed" in peer  # for want of torchao or of a GPU
@@ -138,8 +142,8 @@ def test_wrong_results_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(module: nn.Module) -> None:
         module.linear.register_forward_hook(lambda module, args, y: y * torch.tensor([float("nan")], dtype=y.dtype))
 
-    monkeypatch.setitem(bench.CONVERTERS, "twice", bench.Converter(twice, "bf16"))
-    monkeypatch.setitem(bench.CONVERTERS, "poison", bench.Converter(poison, "bf16"))
+    monkeypatch.setitem(linear_subjects.CONVERTERS, "twice", linear_subjects.Converter(twice, "bf16"))
+    monkeypatch.setitem(linear_subjects.CONVERTERS, "poison", linear_subjects.Converter(poison, "bf16"))
     wrong = one("wk", "bf16", "twice", "poison")
     assert bench.wrong_results({"subjects": [wrong]}) == ["tiny wk: twice, eager", "tiny wk: poison, eager"]
     assert [c["error"] for c in wrong["candidates"]] == [0, 1, None]
