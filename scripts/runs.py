@@ -176,15 +176,17 @@ def overrides_of(arm: Arm, args: argparse.Namespace, folder: Path) -> list[str]:
     for name in ("steps", "nproc", "log_freq"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    # Runs begin in the repository's root, and results are to name no other folder of this machine.
+    data = args.data.relative_to(ROOT) if args.data.is_relative_to(ROOT) else args.data
     overrides = [
         "--experimental.custom_import=variants",
         f"--training.steps={args.steps}",
         f"--lr_scheduler.warmup_steps={max(1, args.steps // 10)}",
         f"--metrics.log_freq={args.log_freq}",
         "--debug.seed=1",
-        f"--training.dataset_path={args.data / 'corpus'}",
+        f"--training.dataset_path={data / 'corpus'}",
         "--training.dataset=c4_test",
-        f"--model.hf_assets_path={args.data / 'tokenizer'}",
+        f"--model.hf_assets_path={data / 'tokenizer'}",
         f"--job.dump_folder={folder}",
         *CONVERTERS[arm.converter],
     ]

@@ -110,6 +110,16 @@ def test_variants_register_peers_and_cut_models(monkeypatch: pytest.MonkeyPatch)
     assert saved == {torch.ops.aten._scaled_mm.default}
 
 
+def test_command_lines_name_no_folder_of_this_machine(tmp_path: Path) -> None:
+    inside = parse("--data", str(launch.ROOT / "outputs" / "demo"))
+    words = runs.overrides_of(Arm("debug", "bf16"), inside, Path("run"))
+    assert "--training.dataset_path=outputs/demo/corpus" in words and not any(
+        str(launch.ROOT) in word for word in words
+    )
+    words = runs.overrides_of(Arm("debug", "bf16"), parse("--data", str(tmp_path)), Path("run"))
+    assert f"--model.hf_assets_path={tmp_path / 'tokenizer'}" in words
+
+
 def test_models_are_cut_by_flavor(tmp_path: Path) -> None:
     assert "--model.flavor=8B-8L" in runs.overrides_of(Arm("llama3_8b", "bf16"), parse("--layers", "8"), Path("run"))
     assert runs.cut_flavor("llama3_70b", 4) == "70B-4L"
