@@ -60,7 +60,7 @@ class QuantizingRMSNorm(nn.RMSNorm):
 
 def fused_gradients_run(dy: Tensor) -> bool:
     """Whether RMSNorm's gradients are PyTorch's kernel; elsewhere it has none, and compiled inductor makes one of the formula."""
-    return dy.is_cuda and dy.numel() > 0 and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and dy.is_cuda and dy.numel() > 0
 
 
 class _RMSNorm(torch.autograd.Function):
