@@ -120,8 +120,8 @@ def test_bytes_kept_for_backward(mode):
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_blocks_compute_what_eager_ones_do(device, backend, swiglu_inputs, monkeypatch):
     torch._dynamo.reset()
-    # Else the two round RMSNorm's gradients differently on a GPU.
-    monkeypatch.setattr(norm, "fused_gradients_run", lambda dy: False)
+    if backend == "aot_eager":  # else the two round RMSNorm's gradients differently on a GPU
+        monkeypatch.setattr(norm, "fused_gradients_run", lambda dy: False)
     # On a GPU as it trains; on a CPU bf16 is slow.
     options = {"dtype": torch.bfloat16, "layers": 2} if device == "cuda" else {}
     fused, _ = pair(device, swiglu_inputs=swiglu_inputs, **options)
