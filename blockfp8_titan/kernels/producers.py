@@ -94,12 +94,13 @@ def _store(
     COLUMNS: tl.constexpr,
     PADDED: tl.constexpr,
     POW2: tl.constexpr,
+    BF16: tl.constexpr,
 ):
-    """Quantise a tile in the order of `tile_in_runs`, and store it in the layouts asked for."""
+    """Quantise a tile in the order of `tile_in_runs`, and store it in the layouts asked for. BF16: y are bf16 in value."""
     if ROWS:
-        store_rows(y, column, m, k, mask, y_q_ptr, y_dq_ptr, M, K, POW2)
+        store_rows(y, column, m, k, mask, y_q_ptr, y_dq_ptr, M, K, POW2, BF16)
     if COLUMNS:
-        store_columns(y, row, column, m, k, yt_q_ptr, yt_dq_ptr, M, K, yt_stride, RUN, PADDED, POW2)
+        store_columns(y, row, column, m, k, yt_q_ptr, yt_dq_ptr, M, K, yt_stride, RUN, PADDED, POW2, BF16)
 
 
 @triton.jit(do_not_specialize=["M"])  # see pack_e4m3
@@ -122,13 +123,14 @@ def _quantize_swiglu_kernel(
     POW2: tl.constexpr,
 ):
     """gate, up [M, K] -> h = silu(gate) * up, quantised."""
+    BF16: tl.constexpr = gate_ptr.dtype.element_ty == tl.bfloat16
     row, column = this_tile()
     m, k, mask = tile_in_runs(row, column, M, K, RUN)
     gate = _load_tile(gate_ptr, row, m, k, gate_stride, mask).to(tl.float32)
     up = _load_tile(up_ptr, row, m, k, up_stride, mask).to(tl.float32)
     h = _round_to(swiglu(gate, up), gate_ptr)
     _store(
-        h, row, column, m, k, mask, h_q_ptr, h_dq_ptr, ht_q_ptr, ht_dq_ptr, M, K, ht_stride, RUN, ROWS, COLUMNS, PADDED, POW2
+        h, row, column, m, k, mask, h_q_ptr, h_dq_ptr, ht_q_ptr, ht_dq_ptr, M, K, ht_stride, RUN, ROWS, COLUMNS, PADDED, POW2, BF16
     )  # fmt: skip
 
 
@@ -155,6 +157,7 @@ def _quantize_swiglu_rows_kernel(
     A program has BLOCK_M rows of a group of columns: rows alone need no whole tile, and the fewer registers a program takes, the more
     run at a time. Neighbouring programs walk along rows.
     """
+    BF16: tl.constexpr = gate_ptr.dtype.element_ty == tl.bfloat16
     groups = tl.cdiv(K, BLOCK)
     group = tl.program_id(0) % groups
     m = (tl.program_id(0) // groups).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -163,10 +166,10 @@ def _quantize_swiglu_rows_kernel(
     gate = to_fp32(tl.load(gate_ptr + m[:, None] * gate_stride + k[None, :], mask=mask, other=0.0))
     up = to_fp32(tl.load(up_ptr + m[:, None] * up_stride + k[None, :], mask=mask, other=0.0))
     h = _round_to(swiglu(gate, up), gate_ptr)
-    store_rows(h, group, m, k, mask, h_q_ptr, h_dq_ptr, M, K, POW2)
+    store_rows(h, group, m, k, mask, h_q_ptr, h_dq_ptr, M, K, POW2, BF16)
     if WITH_INPUTS:
-        store_rows(gate, group, m, k, mask, gate_q_ptr, gate_dq_ptr, M, K, POW2)
-        store_rows(up, group, m, k, mask, up_q_ptr, up_dq_ptr, M, K, POW2)
+        store_rows(gate, group, m, k, mask, gate_q_ptr, gate_dq_ptr, M, K, POW2, BF16)
+        store_rows(up, group, m, k, mask, up_q_ptr, up_dq_ptr, M, K, POW2, BF16)
 
 
 @triton.jit(do_not_specialize=["M"])  # see pack_e4m3
@@ -204,6 +207,7 @@ def _quantize_swiglu_gradients_kernel(
     payloads. xt_stride is that of all transposes.
     """
     RESULTS: tl.constexpr = 3 if WITH_H else 2
+    BF16: tl.constexpr = dh_ptr.dtype.element_ty == tl.bfloat16
     row, column = tl.program_id(1), tl.program_id(0) // RESULTS
     result = tl.program_id(0) % RESULTS
     m, k, mask = tile_in_runs(row, column, M, K, RUN)
@@ -221,14 +225,14 @@ def _quantize_swiglu_gradients_kernel(
         else:
             x_q_ptr, x_dq_ptr, xt_q_ptr, xt_dq_ptr = dup_q_ptr, dup_dq_ptr, dupt_q_ptr, dupt_dq_ptr
             dx = _round_to(up_gradient(to_fp32(dh), _values(gate, gate_dq_ptr, column, m, M)), dh_ptr)
-        store_rows(dx, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
-        store_columns(dx, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
+        store_rows(dx, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2, BF16)
+        store_columns(dx, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2, BF16)
     else:
         gate = _load_tile(gate_ptr, row, m, k, gate_stride, mask)
         up = _load_tile(up_ptr, row, m, k, up_stride, mask)
         h = swiglu(_values(gate, gate_dq_ptr, column, m, M), _values(up, up_dq_ptr, column, m, M))
         h = _round_to(h, dh_ptr)
-        store_columns(h, row, column, m, k, ht_q_ptr, ht_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
+        store_columns(h, row, column, m, k, ht_q_ptr, ht_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2, BF16)
 
 
 @triton.jit
@@ -254,6 +258,7 @@ def _quantize_rms_norm_rows_kernel(
 ):
     """x [M, K], weight [K] -> rstd [M]; y = x * rstd * weight, quantised along rows. A program has whole rows: BLOCK_K >= K."""
     GROUPS: tl.constexpr = BLOCK_K // BLOCK
+    BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     mask = (m < M)[:, None] & (k < K)[None, :]
@@ -264,7 +269,7 @@ def _quantize_rms_norm_rows_kernel(
     y = _round_to(normalise(x, rstd[:, None], weight[None, :]), x_ptr)
     groups = y.reshape(BLOCK_M, GROUPS, BLOCK)
     dq = block_multiplier(amax_bits(groups, 2), POW2)
-    y_q = quantize(groups, dq[:, :, None]).reshape(BLOCK_M, BLOCK_K)
+    y_q = quantize(groups, dq[:, :, None], BF16).reshape(BLOCK_M, BLOCK_K)
     tl.store(y_q_ptr + m[:, None] * K + k[None, :], y_q, mask=mask)
     group = tl.arange(0, GROUPS)
     in_matrix = (m < M)[:, None] & (group * BLOCK < K)[None, :]
@@ -304,6 +309,7 @@ def _quantize_rms_norm_kernel(
     POW2: tl.constexpr,
 ):
     """x [M, K], weight [K], rstd [M] -> y = x * rstd * weight, quantised."""
+    BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     row, column = this_tile()
     m, k, mask = tile_in_runs(row, column, M, K, RUN)
     x = to_fp32(_load_tile(x_ptr, row, m, k, x_stride, mask))
@@ -311,5 +317,5 @@ def _quantize_rms_norm_kernel(
     weight = tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     y = _round_to(normalise(x, rstd[:, None], weight[None, :]), x_ptr)
     _store(
-        y, row, column, m, k, mask, y_q_ptr, y_dq_ptr, yt_q_ptr, yt_dq_ptr, M, K, yt_stride, RUN, ROWS, COLUMNS, PADDED, POW2
+        y, row, column, m, k, mask, y_q_ptr, y_dq_ptr, yt_q_ptr, yt_dq_ptr, M, K, yt_stride, RUN, ROWS, COLUMNS, PADDED, POW2, BF16
     )  # fmt: skip

@@ -10,10 +10,11 @@ from .tiles import BLOCK, store_columns, store_rows, store_transposed, this_tile
 @triton.jit
 def _quantize_1x128_kernel(x_ptr, x_q_ptr, x_dq_ptr, M, K, x_stride, POW2: tl.constexpr):
     """x [M, K] -> x_q [M, K] and x_dq [ceil(K/128), M]."""
+    BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     row, column = this_tile()
     m, k, mask = tile(row, column, M, K)
     x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    store_rows(x, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
+    store_rows(x, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2, BF16)
 
 
 @triton.jit(do_not_specialize=["M"])  # see pack_e4m3
@@ -35,11 +36,12 @@ def _quantize_1x128_both_kernel(
 
     PADDED: xt_stride > M; columns of xt_q past M become zero. xt_stride is a multiple of 16.
     """
+    BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     row, column = this_tile()
     m, k, mask = tile_in_runs(row, column, M, K, RUN)
     x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    store_rows(x, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2)
-    store_columns(x, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
+    store_rows(x, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2, BF16)
+    store_columns(x, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2, BF16)
 
 
 @triton.jit(do_not_specialize=["M"])  # see pack_e4m3
@@ -47,28 +49,30 @@ def _quantize_1x128_columns_kernel(
     x_ptr, xt_q_ptr, xt_dq_ptr, M, K, x_stride, xt_stride, RUN: tl.constexpr, PADDED: tl.constexpr, POW2: tl.constexpr
 ):
     """x [M, K] -> the last two results of `_quantize_1x128_both_kernel`."""
+    BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     row, column = this_tile()
     m, k, mask = tile_in_runs(row, column, M, K, RUN)
     x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    store_columns(x, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2)
+    store_columns(x, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2, BF16)
 
 
 @triton.jit
 def _quantize_128x128_kernel(w_ptr, w_q_ptr, w_dq_ptr, N, K, w_stride, POW2: tl.constexpr):
     """w [N, K] -> w_q [N, K] and w_dq [ceil(N/128), ceil(K/128)]."""
+    BF16: tl.constexpr = w_ptr.dtype.element_ty == tl.bfloat16
     row, column = this_tile()
     n, k, mask = tile(row, column, N, K)
     w = tl.load(w_ptr + n[:, None] * w_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    quotients = _divide_block(w, row, column, w_dq_ptr, POW2)
+    quotients = _divide_block(w, row, column, w_dq_ptr, POW2, BF16)
     tl.store(w_q_ptr + n[:, None] * K + k[None, :], quotients.to(tl.float8e4nv), mask=mask)
 
 
 @triton.jit
-def _divide_block(w, row, column, w_dq_ptr, POW2: tl.constexpr):
+def _divide_block(w, row, column, w_dq_ptr, POW2: tl.constexpr, BF16: tl.constexpr):
     """A tile divided by the one multiplier that it shares, which is stored."""
     dq = block_multiplier(tl.max(amax_bits(w, 1), 0), POW2)
     tl.store(w_dq_ptr + row * tl.num_programs(0) + column, dq)
-    return quotient(w, dq)
+    return quotient(w, dq, BF16)
 
 
 @triton.jit(do_not_specialize=["N"])  # see pack_e4m3
@@ -89,10 +93,11 @@ def _quantize_128x128_both_kernel(
 
     PADDED: wt_stride > N; columns of wt_q past N become zero. wt_stride is a multiple of 16.
     """
+    BF16: tl.constexpr = w_ptr.dtype.element_ty == tl.bfloat16
     row, column = this_tile()
     n, k, mask = tile_in_runs(row, column, N, K, RUN)
     w = tl.load(w_ptr + n[:, None] * w_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    quotients = _divide_block(w, row, column, w_dq_ptr, POW2)
+    quotients = _divide_block(w, row, column, w_dq_ptr, POW2, BF16)
     tl.store(w_q_ptr + n[:, None] * K + k[None, :], quotients.to(tl.float8e4nv), mask=mask)
     store_transposed(quotients, row, column, n, k, wt_q_ptr, N, K, wt_stride, RUN, PADDED)
 
@@ -123,7 +128,7 @@ def _quantize_rows_kernel(w_ptr, w_dq_ptr, w_q_ptr, M, K, w_stride, first_row):
     m, k, mask, block = _shard_tile(M, K, first_row)
     w = tl.load(w_ptr + m[:, None] * w_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
     dq = tl.load(w_dq_ptr + block * tl.num_programs(0) + tl.program_id(0))
-    tl.store(w_q_ptr + m[:, None] * K + k[None, :], quantize(w, dq), mask=mask)
+    tl.store(w_q_ptr + m[:, None] * K + k[None, :], quantize(w, dq, w_ptr.dtype.element_ty == tl.bfloat16), mask=mask)
 
 
 @triton.jit

@@ -42,10 +42,10 @@ def tile_in_runs(row, column, M, K, RUN: tl.constexpr):
 
 
 @triton.jit
-def store_rows(x, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2: tl.constexpr):
-    """Quantise a tile's rows and store payload and multipliers."""
+def store_rows(x, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2: tl.constexpr, BF16: tl.constexpr):
+    """Quantise a tile's rows and store payload and multipliers. BF16: x are bf16 in value."""
     dq = block_multiplier(amax_bits(x, 1), POW2)
-    tl.store(x_q_ptr + m[:, None] * K + k[None, :], quantize(x, dq[:, None]), mask=mask)
+    tl.store(x_q_ptr + m[:, None] * K + k[None, :], quantize(x, dq[:, None], BF16), mask=mask)
     tl.store(x_dq_ptr + column.to(tl.int64) * M + m, dq, mask=m < M)
 
 
@@ -64,10 +64,14 @@ def store_columns(
     RUN: tl.constexpr,
     PADDED: tl.constexpr,
     POW2: tl.constexpr,
+    BF16: tl.constexpr,
 ):
-    """Quantise the columns of a tile in the order of `tile_in_runs` and store them transposed, with their multipliers."""
+    """Quantise the columns of a tile in the order of `tile_in_runs` and store them transposed, with their multipliers.
+
+    BF16: x are bf16 in value.
+    """
     dq = block_multiplier(amax_bits(x, 0), POW2)
-    quotients = quotient(x, dq[None, :])
+    quotients = quotient(x, dq[None, :], BF16)
     store_transposed(quotients, row, column, m, k, xt_q_ptr, M, K, xt_stride, RUN, PADDED)
     tl.store(xt_dq_ptr + row.to(tl.int64) * K + k, dq, mask=k < K)
 

@@ -40,11 +40,6 @@ def quantize(y: Tensor, layout: Layout, scale_format: ScaleFormat) -> list[Tenso
     return list(map(fill, allocate(y, layout), quantizers[layout](y, scale_format)))
 
 
-def fits_a_cap(x: Tensor, padded: bool) -> bool:
-    """Whether a kernel that reads x can be held to few registers, for more programs on a multiprocessor, and does not spill."""
-    return is_hopper(x.device) and x.dtype == torch.bfloat16 and not padded
-
-
 def launch_tiles(
     kernel: Any,
     inputs: tuple[Tensor, ...],
@@ -63,11 +58,13 @@ def launch_tiles(
     warps, registers = {"rows": (8, None), "columns": (4, 168), "both": (8, 128)}[layout]
     if layout == "columns" and inputs[0].dtype == torch.float32:
         warps = 8  # four would spill
+    # With so few registers more programs run at a time; in other cases it would spill.
+    capped = is_hopper(inputs[0].device) and inputs[0].dtype == torch.bfloat16 and not padded
     launch(
         kernel,
         tiles(M, K),
         (*inputs, *pointers, M, K, *strides, yt_stride),
         (32 // warps, layout != "columns", layout != "rows", padded, scale_format == "pow2"),
         num_warps=warps,
-        maxnreg=registers if fits_a_cap(inputs[0], padded) else None,
+        maxnreg=registers if capped else None,
     )

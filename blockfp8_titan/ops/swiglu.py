@@ -8,10 +8,10 @@ from torch import Tensor
 from .. import reference
 from ..formats import BLOCK, ceil_div
 from ..recipe import ScaleFormat
-from .backend import QuantizeBackend, use_reference
+from .backend import QuantizeBackend, is_hopper, use_reference
 from .layouts import E4M3, column_major, contiguous_rows, tiles
 from .library import check_choice, check_matrix, define, kernels, launch
-from .producers import LAYOUTS, Layout, allocate, fits_a_cap, launch_tiles, quantize
+from .producers import LAYOUTS, Layout, allocate, launch_tiles, quantize
 from .quantize import check_quantizable
 
 _FEW_ROWS = 32
@@ -242,21 +242,38 @@ def _cuda_swiglu_backward(
     dh, gate, up = map(contiguous_rows, (dh, gate, up))
     M, K = dh.shape
     if M:
-        columns, rows, _ = tiles(M, K)
         # Those that the kernel does not use have to be something.
         multipliers = [outs[1] if dq is None else column_major(dq) for dq in (gate_dq, up_dq)]
         pointers = outs if with_h else [*outs, *outs[:2]]
-        strides = (dh.stride(0), gate.stride(0), up.stride(0), outs[2].stride(0))
-        padded = outs[2].stride(0) != M
-        launch(
-            kernels("producers")._quantize_swiglu_gradients_kernel,
-            ((3 if with_h else 2) * columns, rows, 1),
-            (dh, gate, multipliers[0], up, multipliers[1], *pointers, M, K, *strides),
-            (with_h, 4, padded, scale_format == "pow2"),
-            num_warps=8,
-            maxnreg=128 if fits_a_cap(dh, padded) else None,
+        operands = (
+            dh,
+            gate,
+            multipliers[0],
+            up,
+            multipliers[1],
+            *pointers,
+            M,
+            K,
+            dh.stride(0),
+            gate.stride(0),
+            up.stride(0),
         )
+        padded = outs[2].stride(0) != M
+        pow2 = scale_format == "pow2"
+        if is_hopper(dh.device) and dh.dtype == torch.bfloat16 and not padded and _loads_by_16_bytes(dh, gate, up):
+            kernel = kernels("swiglu_hopper")._quantize_swiglu_gradients_kernel
+            launch(kernel, tiles(M, K), operands, (with_h, pow2), num_warps=8)
+        else:
+            kernel = kernels("producers")._quantize_swiglu_gradients_kernel
+            columns, rows, _ = tiles(M, K)
+            grid = ((3 if with_h else 2) * columns, rows, 1)
+            launch(kernel, grid, (*operands, outs[2].stride(0)), (with_h, 4, padded, pow2), num_warps=8)
     return outs
+
+
+def _loads_by_16_bytes(*xs: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes."""
+    return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in xs)
 
 
 define(
