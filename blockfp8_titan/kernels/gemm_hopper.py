@@ -15,7 +15,7 @@ All that touches Gluon, which is experimental, is in this file.
 # Device code is compiled from a subset of Python: no starred tuples, and a constexpr condition needs a statement.
 # ruff: noqa: RUF005, SIM108
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..formats import ceil_div
-from .launch import start
+from .launch import repeatable
 
 # Triton renamed its TMA copies after 3.6.
 _tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -258,6 +258,13 @@ compiled: dict[tuple[int, torch.dtype, bool], Any] = {}
 """(device, c's dtype, b_per_row) -> the compiled kernel: nothing else decides what is compiled."""
 
 
+class _Address(int):
+    """What a launch asks a tensor for."""
+
+    def data_ptr(self) -> int:
+        return self
+
+
 class _Descriptor(TensorDescriptor):
     """TensorDescriptor without its checks: they cost 10 us each, and `multiply_scaled`'s contract covers them."""
 
@@ -267,6 +274,10 @@ class _Descriptor(TensorDescriptor):
         self.strides = strides
         self.block_shape = block_shape
         self.layout = layout
+
+    def of_address(self) -> "_Descriptor":
+        """The same without the tensor."""
+        return _Descriptor(_Address(self.base.data_ptr()), self.shape, self.strides, self.block_shape, self.layout)
 
 
 def _columns(dq: torch.Tensor, block: int) -> tuple[_Descriptor, int]:
@@ -289,16 +300,19 @@ def _columns(dq: torch.Tensor, block: int) -> tuple[_Descriptor, int]:
 
 COUNTERS = 1 << 16
 _counters: dict[int, tuple[torch.Tensor, Iterator[int]]] = {}
-"""device -> zeros, and how many launches have taken one."""
+"""device -> zeros, and how many of them were taken."""
+
+REMEMBERED = 1 << 12
+_launches: dict[tuple[Any, ...], Callable[[], None]] = {}
+"""What decides a launch, addresses too -> the launch. In training the caching allocator hands out the same addresses step by step."""
 
 
-def _counter(like: torch.Tensor) -> int | torch.Tensor:
-    """The address of a zero on the device that no other launch counts with at the same time; the launch leaves it at zero.
+def _counter(like: torch.Tensor, remembered: bool) -> torch.Tensor:
+    """A zero on the device that no other launch counts with at the same time; the launch leaves it at zero.
 
-    They are used in turn: two launches would meet if 65,536 were issued between the one's being issued and its end. A launch that a
-    CUDA graph records has its own, for the graph may be replayed beside any other launch.
+    Launches that are remembered keep theirs, in turn: far fewer are remembered than there are. Others have one for themselves.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if not remembered:
         return like.new_zeros(1, dtype=torch.int32)
     device = like.get_device()
     if device not in _counters:
@@ -308,7 +322,7 @@ def _counter(like: torch.Tensor) -> int | torch.Tensor:
         # Of two threads one is heard, and both go on with its zeros.
         _counters.setdefault(device, (zeros, count()))
     zeros, taken = _counters[device]
-    return zeros.data_ptr() + 4 * (next(taken) % COUNTERS)
+    return zeros[next(taken) % COUNTERS]
 
 
 def _zeros(device: int) -> torch.Tensor:
@@ -333,10 +347,38 @@ def multiply_scaled(
         a_dq: [M, ceil(K/128)] fp32, M-contiguous.
         b_q: [N, K] float8_e4m3fn, as a_q.
         b_dq: [ceil(N/128), ceil(K/128)] fp32 of any strides, or with b_per_row [N, ceil(K/128)] fp32, N-contiguous.
-        c: [M, N] bf16 or fp32, row-major, rows at multiples of 16 bytes.
+        c: [M, N] bf16 or fp32, contiguous, rows at multiples of 16 bytes.
         b_per_row: b has a multiplier per row and K block rather than per 128x128 block.
         multiprocessors: of the device, which is the current one.
     """
+    # With the same c there is no other launch at the same time, so that this one may keep its counter.
+    key = (
+        a_q.get_device(),
+        c.dtype,
+        b_per_row,
+        a_q.shape,
+        b_q.shape,
+        c.data_ptr(),
+        *(what for x in (a_q, a_dq, b_q, b_dq) for what in (x.data_ptr(), x.stride())),
+    )
+    launch = None if torch.cuda.is_current_stream_capturing() else _launches.get(key)
+    if launch is not None:
+        launch()
+    else:
+        _first_launch(key, a_q, a_dq, b_q, b_dq, c, b_per_row, multiprocessors)
+
+
+def _first_launch(
+    key: tuple[Any, ...],
+    a_q: torch.Tensor,
+    a_dq: torch.Tensor,
+    b_q: torch.Tensor,
+    b_dq: torch.Tensor,
+    c: torch.Tensor,
+    b_per_row: bool,
+    multiprocessors: int,
+) -> None:
+    """Launch, and remember the launch by its key where it can be repeated."""
     M, K = a_shape = a_q.shape
     N, _ = b_shape = b_q.shape
     a_dq_desc, a_dq_k = _columns(a_dq, BM.value)
@@ -354,16 +396,26 @@ def multiply_scaled(
         b_dq_desc,
     )
     numbers = (M, N, K, a_dq_k, b_dq_n, b_dq_k, b_per_row)
+    # A copy has another address next time, and a graph that is being recorded may be replayed beside any other launch.
+    copied = a_dq_desc.base is not a_dq or (b_dq_desc is not None and b_dq_desc.base is not b_dq)
+    remembered = not copied and not torch.cuda.is_current_stream_capturing()
+    counter = _counter(a_q, remembered)
     grid = (min(ceil_div(M, BM.value) * ceil_div(N, BN.value), multiprocessors), 1, 1)
-    key = (a_q.get_device(), c.dtype, b_per_row)
-    if kernel := compiled.get(key):
-        # Addresses spare the launcher calls of the driver.
-        start(kernel, key[0], grid, (*descriptors, b_dq.data_ptr(), _counter(a_q), *numbers))
-    else:
+    device = a_q.get_device()
+    kernel = compiled.get((device, c.dtype, b_per_row))
+    if kernel is None:
         with assembler_for(b_per_row):
-            compiled[key] = _gemm_hopper_kernel[grid](
-                *descriptors, b_dq, a_q.new_zeros(1, dtype=torch.int32), *numbers, **OPTIONS
-            )
+            kernel = _gemm_hopper_kernel[grid](*descriptors, b_dq, counter, *numbers, **OPTIONS)
+        compiled[device, c.dtype, b_per_row] = kernel
+        return
+    of_addresses = tuple(descriptor and descriptor.of_address() for descriptor in descriptors)
+    args = (*of_addresses, b_dq.data_ptr(), counter.data_ptr(), *numbers)
+    launch = repeatable(kernel, device, grid, args)
+    launch()
+    if remembered:
+        if len(_launches) >= REMEMBERED:
+            _launches.clear()
+        _launches[key] = launch
 
 
 @contextmanager
