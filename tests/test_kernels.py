@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from blockfp8_titan.kernels import gemm, gemm_hopper, producers, quantize, swiglu_hopper  # noqa: E402
+from blockfp8_titan.kernels import both_hopper, gemm, gemm_hopper, producers, quantize  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CAPABILITIES = [89, 90, 100, 120]
@@ -249,17 +249,14 @@ def compile_for_hopper(c_dtype, b_per_row):
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=gemm_hopper.OPTIONS)
 
 
-def compile_swiglu_for_hopper(of_payloads, with_h, pow2=False):
-    """swiglu_hopper's kernel, as its launcher has it compiled."""
-    kernel = swiglu_hopper._quantize_swiglu_gradients_kernel
-    inputs = "*fp8e4nv" if of_payloads else "*bf16"
-    types = TYPES | {"dh_ptr": "*bf16", "gate_ptr": inputs, "up_ptr": inputs}
-    constants = {"WITH_H": with_h, "POW2": pow2}
+def compile_both_for_hopper(kernel, types, constants):
+    """One of both_hopper's kernels, as its launcher has it compiled."""
+    types = TYPES | types
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     names = list(signature)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
     source = GluonASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": both_hopper.WARPS.value})
 
 
 def disassembled(compiled, tmp_path, tool, option):
@@ -323,16 +320,29 @@ def test_hopper_gemm_is_well_assembled(c_dtype, b_per_row, tmp_path):
 
 
 @pytest.mark.parametrize("with_h", [False, True])
-@pytest.mark.parametrize("of_payloads", [False, True])
-def test_hopper_swiglu_is_well_assembled(of_payloads, with_h, tmp_path):
+@pytest.mark.parametrize("inputs", ["*bf16", "*fp8e4nv"])
+def test_swiglu_gradients_for_hopper_are_well_assembled(inputs, with_h, tmp_path):
+    types = {"dh_ptr": "*bf16", "gate_ptr": inputs, "up_ptr": inputs}
     with assembler_log() as log:
-        compiled = compile_swiglu_for_hopper(of_payloads, with_h)
+        constants = {"WITH_H": with_h, "POW2": False}
+        compiled = compile_both_for_hopper(both_hopper._quantize_swiglu_gradients_kernel, types, constants)
     assert_well_assembled(compiled, log.getvalue(), tmp_path)
-    # Two programs on a multiprocessor, and three where shared memory has room for them.
-    assert sass_resources(compiled, tmp_path)[0] <= (128 if with_h else 80)
+    assert sass_resources(compiled, tmp_path)[0] <= 128 and 2 * compiled.metadata.shared <= SHARED_MEMORY[90] * 1024
     ptx = compiled.asm["ptx"]
-    # dh, and gate and up, by the words of a thread; results to and from global memory by 8 and 16 bytes.
-    assert ptx.count("ld.global.v4.b32") >= 8 and ptx.count("st.global.v4.b32") == 4 * (3 if with_h else 2)
+    # Of bf16 a thread loads 16 bytes at a time, of e4m3 eight; and 16 rows of a column are stored at once.
+    assert ptx.count("ld.global.v4.b32") == (8 if inputs == "*fp8e4nv" else 24)
+    assert ptx.count("st.global.v4.b32") == 4 * (3 if with_h else 2)
+
+
+@pytest.mark.parametrize("pow2", [False, True])
+def test_quantisation_for_hopper_is_well_assembled(pow2, tmp_path):
+    with assembler_log() as log:
+        compiled = compile_both_for_hopper(both_hopper._quantize_1x128_both_kernel, {"x_ptr": "*bf16"}, {"POW2": pow2})
+    assert_well_assembled(compiled, log.getvalue(), tmp_path)
+    # Four programs of eight warps on a multiprocessor.
+    assert sass_resources(compiled, tmp_path)[0] <= 64 and 4 * compiled.metadata.shared <= SHARED_MEMORY[90] * 1024
+    ptx = compiled.asm["ptx"]
+    assert ptx.count("ld.global.v4.b32") == 8 and ptx.count("st.global.v4.b32") == 4
 
 
 FURTHER = [Requirement(line) for line in (ROOT / "scripts/tritons.txt").read_text().splitlines() if line[0] != "#"]
@@ -350,7 +360,14 @@ def test_compiles_for_hopper_with_other_versions_of_triton(version):
     if not folder.exists():
         pytest.skip(f"Triton {version} is not in {folder}: bash scripts/setup_env.sh --tritons puts it there")
     code = "import pytest, sys, triton; assert triton.__version__ == sys.argv[1]; sys.exit(pytest.main(sys.argv[2:]))"
-    options = ["-q", "-p", "no:cacheprovider", "-k", "hopper or 90-", __file__]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "for_hopper_are or for_hopper_is or hopper_gemm or hopper_runs or 90-",
+        __file__,
+    ]
     run = subprocess.run(
         [sys.executable, "-c", code, version, *options],
         cwd=ROOT,
@@ -358,7 +375,7 @@ def test_compiles_for_hopper_with_other_versions_of_triton(version):
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 0 and f"{len(CASES) + 9} passed" in run.stdout, run.stdout[-5000:] + run.stderr[-2000:]
+    assert run.returncode == 0 and f"{len(CASES) + 11} passed" in run.stdout, run.stdout[-5000:] + run.stderr[-2000:]
 
 
 def test_the_oldest_supported_triton_is_compiled_for():

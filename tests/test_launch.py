@@ -167,7 +167,7 @@ def calls_of_the_package(run):
 def test_host_work_of_a_call_stays_small(name, bound, on_cpu, monkeypatch):
     """Calls, not a time, which would depend on the machine. There are 42, 66, 43 and 36."""
     monkeypatch.setattr(backend, "resolve_quantize_backend", lambda device: "triton")
-    monkeypatch.setattr(quantize, "is_hopper", lambda device: True)
+    monkeypatch.setattr(backend, "is_hopper", lambda device: True)
     for module, found in ((quantize, "quantize"), (gemm, "gemm_hopper")):
         real = library.kernels(found)
         stand_in = types.SimpleNamespace(**vars(real))

@@ -66,6 +66,17 @@ def is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
+def suits_both_hopper(padded: bool, x: Tensor, *others: Tensor) -> bool:
+    """Whether `kernels.both_hopper` takes these operands: on Hopper, x in bf16, M a multiple of 16, rows at multiples of 16 bytes.
+
+    Args:
+        padded: whether rows of the transposed payload are longer than M.
+    """
+    if padded or x.dtype != torch.bfloat16 or not is_hopper(x.device):
+        return False
+    return all(y.data_ptr() % 16 == 0 and y.stride()[0] * y.itemsize % 16 == 0 for y in (x, *others))
+
+
 @cache
 def resolve_gemm_backend(requested: GemmBackend, device: torch.device, kind: GemmKind) -> ResolvedBackend:
     """The backend that multiplies on this device.

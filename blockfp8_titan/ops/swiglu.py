@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..formats import BLOCK, ceil_div
 from ..recipe import ScaleFormat
-from .backend import QuantizeBackend, is_hopper, use_reference
+from .backend import QuantizeBackend, suits_both_hopper, use_reference
 from .layouts import E4M3, column_major, contiguous_rows, tiles
 from .library import check_choice, check_matrix, define, kernels, launch
 from .producers import LAYOUTS, Layout, allocate, launch_tiles, quantize
@@ -260,8 +260,8 @@ def _cuda_swiglu_backward(
         )
         padded = outs[2].stride(0) != M
         pow2 = scale_format == "pow2"
-        if is_hopper(dh.device) and dh.dtype == torch.bfloat16 and not padded and _loads_by_16_bytes(dh, gate, up):
-            kernel = kernels("swiglu_hopper")._quantize_swiglu_gradients_kernel
+        if suits_both_hopper(padded, dh, gate, up):
+            kernel = kernels("both_hopper")._quantize_swiglu_gradients_kernel
             launch(kernel, tiles(M, K), operands, (with_h, pow2), num_warps=8)
         else:
             kernel = kernels("producers")._quantize_swiglu_gradients_kernel
@@ -269,11 +269,6 @@ def _cuda_swiglu_backward(
             grid = ((3 if with_h else 2) * columns, rows, 1)
             launch(kernel, grid, (*operands, outs[2].stride(0)), (with_h, 4, padded, pow2), num_warps=8)
     return outs
-
-
-def _loads_by_16_bytes(*xs: Tensor) -> bool:
-    """Whether every row begins at a multiple of 16 bytes."""
-    return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in xs)
 
 
 define(
