@@ -173,7 +173,7 @@ def test_counters_of_tiles_are_used_again(monkeypatch):
     monkeypatch.setattr(gemm_hopper, "COUNTERS", 3)
     monkeypatch.setattr(gemm_hopper, "_counters", {})
     monkeypatch.setattr(gemm_hopper, "_launches", {})
-    args = operands("1x128_128x128", 515, 528, 640, device="cuda")
+    args = operands("1x128_128x128", 516, 528, 640, device="cuda")
     first, *others = (gemm("1x128_128x128", *args, backend="triton") for _ in range(8))
     assert all(torch.equal(first, other) for other in others)
     assert len(gemm_hopper._counters) == is_hopper(args[0].device)

@@ -13,8 +13,8 @@ LAYOUTS = {
     "columns": ops.quantize_1x128_columns,
     "both": ops.quantize_1x128_both,
 }
-SHAPES = [(0, 144), (1, 16), (7, 272), (127, 144), (129, 128), (300, 272)]
-LARGE = [(300, 4096), (129, 14336), (7, 16400)]
+SHAPES = [(0, 144), (1, 16), (7, 272), (127, 144), (129, 128), (300, 272), (16, 16), (176, 272)]
+LARGE = [(300, 4096), (129, 14336), (7, 16400), (384, 4096)]
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -228,6 +228,26 @@ def test_swiglu_kernels_quantise_what_they_compute(kind, dtype, scale_format):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("of_payloads", [False, True])
+def test_rows_of_gradients_may_lie_anywhere(of_payloads):
+    """At multiples of 16 bytes, at others, and apart."""
+    M, K = 144, 272
+    whole = torch.randn(M, 3 * K + 19, device="cuda", dtype=BF16)
+    for first, step in ((0, K), (8, K + 8), (1, K), (3, K + 5)):
+        dh, gate, up = (whole[:, first + i * step : first + i * step + K] for i in range(3))
+        multipliers = {}
+        if of_payloads:
+            (gate, gate_dq), (up, up_dq) = ops.quantize_1x128(gate), ops.quantize_1x128(up)
+            multipliers = {"gate_dq": gate_dq, "up_dq": up_dq}
+        results = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, with_h=True, **multipliers)
+        alone = (dh.contiguous(), gate.contiguous(), up.contiguous())
+        expected = ops.swiglu_backward_quantize_1x128_both(*alone, with_h=True, **multipliers)
+        for outs, others in zip(results, expected, strict=True):
+            assert_equal(outs, others, first, step)
+        assert_equal(ops.quantize_1x128_both(dh), ops.quantize_1x128_both(alone[0]), first, step)
+
+
+@pytest.mark.gpu
 def test_more_than_two_to_the_31_elements():
     """The last rows of tall matrices, whose offsets no 32-bit number holds."""
     gate = torch.randn(70_000, 32_768, device="cuda", dtype=BF16)
@@ -240,6 +260,18 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(bits(outs[2][:, last]), bits(expected[2]))
     assert torch.equal(bits(outs[3][:, -1:]), bits(expected[3]))
     del outs
+    results = ops.swiglu_backward_quantize_1x128_both(gate, gate, gate, with_h=True)
+    *gradients, h = ops.swiglu_backward_quantize_1x128_both(tail, tail, tail, with_h=True)
+    for outs, expected in zip(results, gradients, strict=False):
+        assert torch.equal(bits(outs[0][last]), bits(expected[0])) and torch.equal(
+            bits(outs[1][last]), bits(expected[1])
+        )
+        assert torch.equal(bits(outs[2][:, last]), bits(expected[2]))
+        assert torch.equal(bits(outs[3][:, -1:]), bits(expected[3]))
+    assert torch.equal(bits(results[2][0][:, last]), bits(h[0])) and torch.equal(
+        bits(results[2][1][:, -1:]), bits(h[1])
+    )
+    del results, outs
     *outs, rstd = ops.rms_norm_quantize_1x128(gate, weight, 1e-5, "rows")
     expected = ops.rms_norm_quantize_1x128(tail, weight, 1e-5, "rows")
     assert torch.equal(bits(outs[0][last]), bits(expected[0])) and torch.equal(bits(rstd[last]), bits(expected[2]))

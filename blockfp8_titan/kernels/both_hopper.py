@@ -12,9 +12,6 @@ Neighbouring columns are held as one word of two bf16, and computed with as two 
 multiple of 16 here, and rows of operands begin at multiples of 16 bytes.
 """
 
-# Device code is compiled from a subset of Python, without starred tuples.
-# ruff: noqa: RUF005
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -196,15 +193,18 @@ def _quantize_1x128_both_kernel(x_ptr, x_q_ptr, x_dq_ptr, xt_q_ptr, xt_dq_ptr, M
     x_ptr = _first_word(x_ptr, gl.int32, row, column, x_stride)
     q_ptr = _first_word(x_q_ptr, gl.int16, row, column, K)
     dq_ptr = x_dq_ptr + (column.to(gl.int64) * M + row * BLOCK)
-    words = ()
+    _, mask = _inside(_rows_of(0), row, column, M, K)
+    following = _load(x_ptr, _rows_of(0), x_stride, mask)
     for i in gl.static_range(PIECES):
-        _, mask = _inside(_rows_of(i), row, column, M, K)
-        words = words + (_load(x_ptr, _rows_of(i), x_stride, mask),)
-    for i in gl.static_range(PIECES):
+        words = following
+        if i + 1 < PIECES:
+            # One piece ahead: its loads run while this one is quantised.
+            _, mask = _inside(_rows_of(i + 1), row, column, M, K)
+            following = _load(x_ptr, _rows_of(i + 1), x_stride, mask)
+        buf.slice(i * ROWS, ROWS).store(words)
         m = _rows_of(i)
         in_rows, mask = _inside(m, row, column, M, K)
-        buf.slice(i * ROWS, ROWS).store(words[i])
-        _store_rows(words[i], q_ptr, dq_ptr, m, K, in_rows, mask, POW2)
+        _store_rows(words, q_ptr, dq_ptr, m, K, in_rows, mask, POW2)
     _store_tile_columns(buf, xt_q_ptr, xt_dq_ptr, row, column, M, K, POW2)
 
 

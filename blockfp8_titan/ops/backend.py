@@ -72,7 +72,8 @@ def suits_both_hopper(padded: bool, x: Tensor, *others: Tensor) -> bool:
     Args:
         padded: whether rows of the transposed payload are longer than M.
     """
-    if padded or x.dtype != torch.bfloat16 or not is_hopper(x.device):
+    # In a tile the kernels count in 32 bits: columns of the transposed payload are M apart.
+    if padded or x.dtype != torch.bfloat16 or x.shape[0] > 2**24 or not is_hopper(x.device):
         return False
     return all(y.data_ptr() % 16 == 0 and y.stride()[0] * y.itemsize % 16 == 0 for y in (x, *others))
 
