@@ -1,7 +1,7 @@
 """One page about training runs: losses and their gap to bf16, throughput, memory, fp8 health, settings, versions, what was converted.
 
     python scripts/report.py outputs/demo/bf16 outputs/demo/blockwise_fp8 --out outputs/demo/report
-    python scripts/report.py scripts/results/loss_8b_8l_compiled.json scripts/results/e2e_8b.json
+    python scripts/report.py scripts/results/loss_8b_8l_1000.json scripts/results/e2e_8b.json
 
 Takes dump folders of runs that wrote metrics.jsonl, which are compared with each other, and the JSON files of compare_loss.py and
 compare_throughput.py. Writes OUT.html, which needs no network and no other file, and OUT.md, which has all but the charts.

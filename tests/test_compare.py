@@ -30,6 +30,8 @@ from torchtitan.config import ConfigManager
 from torchtitan.models.llama3 import llama3_args
 from torchtitan.protocols.model_converter import _registry_model_converter_cls
 
+from blockfp8_titan import metrics
+
 LOG = """[rank0]:[titan] 2026-01-01 00:00:10,000 - root - INFO - Training starts at step 1
 [rank1]:[titan] 2026-01-01 00:00:11,000 - root - INFO - step:  1  loss:  8.00000  grad_norm:  1.0000  memory:  1.00GiB(1%)  tps: 10
 [rank0]:[titan] 2026-01-01 00:00:12,500 - root - INFO - step:  1  loss:  8.00000  grad_norm:  1.0000  memory:  1.00GiB(1%)  tps: 10
@@ -108,6 +110,18 @@ def test_variants_register_peers_and_cut_models(monkeypatch: pytest.MonkeyPatch)
         config = SimpleNamespace(model=SimpleNamespace(name="llama3"))
         variants.SaveScaledMM(config, None).convert(torch.nn.Linear(1, 1))
     assert saved == {torch.ops.aten._scaled_mm.default}
+
+
+def test_unrecorded_jobs_have_nothing_attached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "variants", ModuleType("variants"))
+    monkeypatch.setattr(metrics, "is_recorded", metrics.is_recorded)
+    monkeypatch.delitem(sys.modules, "unrecorded", raising=False)
+    processor = object()
+    build = metrics.recording(lambda job_config, parallel_dims: processor)
+    importlib.import_module("unrecorded")
+    sys.modules.pop("unrecorded")
+    job = SimpleNamespace(model=SimpleNamespace(converters=["blockwise_fp8"]))
+    assert build(job, None) is processor
 
 
 def test_command_lines_name_no_folder_of_this_machine(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ COUNTERS = 1 << 16
 _counters: dict[int, tuple[torch.Tensor, Iterator[int]]] = {}
 """device -> zeros, and how many of them were taken."""
 
-REMEMBERED = 1 << 12
+REMEMBERED = 1 << 14
 _launches: dict[tuple[Any, ...], Callable[[], None]] = {}
 """What decides a launch, addresses too -> the launch. In training the caching allocator hands out the same addresses step by step."""
 
