@@ -102,6 +102,7 @@ def on_cpu():
     backend.resolve_quantize_backend = lambda device: "triton"
     gemm_ops.resolve_gemm_backend = lambda backend, device, kind: "triton"
     gemm_ops.is_hopper = lambda device: False
+    quantize_ops.suits_both_hopper = swiglu_ops.suits_both_hopper = lambda *args: False  # Gluon has no interpreter
     torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=2, major=9, minor=0)
 
 

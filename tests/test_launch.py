@@ -165,7 +165,7 @@ def calls_of_the_package(run):
     "name, bound", [("quantize_1x128", 46), ("quantize_1x128_both", 68), ("quantize_128x128", 46), ("gemm", 37)]
 )
 def test_host_work_of_a_call_stays_small(name, bound, on_cpu, monkeypatch):
-    """Calls, not a time, which would depend on the machine. There are 42, 66, 43 and 36."""
+    """Calls, not a time, which would depend on the machine. There are 42, 67, 43 and 36."""
     monkeypatch.setattr(backend, "resolve_quantize_backend", lambda device: "triton")
     monkeypatch.setattr(backend, "is_hopper", lambda device: True)
     for module, found in ((quantize, "quantize"), (gemm, "gemm_hopper")):

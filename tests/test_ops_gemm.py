@@ -216,16 +216,19 @@ def test_products_side_by_side_and_replayed(kind):
     with torch.cuda.graph(graph):
         replayed = gemm(kind, *args, backend="triton")
     streams = [torch.cuda.Stream() for _ in range(3)]
-    outs = []
+    outs, differences = [], []
     for _ in range(20):
         for stream in streams:
             with torch.cuda.stream(stream):
                 outs.append(gemm(kind, *args, backend="triton"))
+                # These are freed, so that the stream's next launches are remembered ones.
+                differences.append((gemm(kind, *args, backend="triton") != expected).sum())
+                differences.append((gemm(kind, *args, backend="triton") != expected).sum())
         replayed.fill_(torch.nan)
         graph.replay()
         outs.append(replayed.clone())
     torch.cuda.synchronize()
-    assert all(torch.equal(out, expected) for out in outs)
+    assert all(torch.equal(out, expected) for out in outs) and not any(differences)
     if is_hopper(args[0].device):
         from blockfp8_titan.kernels import gemm_hopper
 

@@ -218,6 +218,15 @@ def test_bad_arguments_are_named(op):
         assert not any(out.requires_grad for out in op(x))
 
 
+def test_rows_wider_than_kernels_count_are_refused():
+    x = torch.zeros(1, 1).expand(1, 2**24 + 16)
+    for op in (ops.quantize_1x128, ops.quantize_1x128_both, ops.quantize_128x128):
+        with pytest.raises(
+            ValueError, match=r"has shape \(1, 16777232\): dimension 1 must be at most 16,777,216; split it"
+        ):
+            op(x)
+
+
 @pytest.mark.gpu
 def test_more_than_two_to_the_31_elements():
     x = torch.randn(70_000, 32_768, device="cuda", dtype=torch.bfloat16)

@@ -8,8 +8,8 @@ where several results are computed of one tile. Here what a thread needs at a ti
 2. After a barrier a thread reads runs of eight rows of two columns, two runs of which are neighbours. Four lanes share a column, and
    16 rows of a column are 16 bytes of the transposed payload: nothing moves between threads once more.
 
-Neighbouring columns are held as one word of two bf16, and computed with as two tensors, of the even and of the odd ones. M is a
-multiple of 16 here, and rows of operands begin at multiples of 16 bytes.
+Neighbouring columns are held as one word of two bf16, and computed with as two tensors, of the even and of the odd ones. M and the
+strides are multiples of 16 here, and operands begin at multiples of 16 bytes. A program has eight warps.
 """
 
 from triton.experimental import gluon
@@ -23,7 +23,6 @@ BLOCK = gl.constexpr(_BLOCK)
 WORDS = gl.constexpr(_BLOCK // 2)  # of a row of a tile
 ROWS = gl.constexpr(32)  # of a piece of a tile
 PIECES = gl.constexpr(4)
-WARPS = gl.constexpr(8)
 
 BY_ROW = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [8, 1], [1, 0]))
 BY_RUN = gl.constexpr(gl.BlockedLayout([8, 1], [4, 8], [1, 8], [0, 1]))

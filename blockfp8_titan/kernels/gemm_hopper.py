@@ -9,7 +9,7 @@ the tensor cores work for the other warpgroup. The two parts share one read of b
 A promotion takes about as long as the other warpgroup's chain, so nothing else may stand between the end of one chain and the start
 of the next: barriers are waited for and signalled while a chain runs. That asks for a stage of shared memory more than otherwise.
 
-All that touches Gluon, which is experimental, is in this file.
+What touches Gluon, which is experimental, is in this file and in `both_hopper`.
 """
 
 # Device code is compiled from a subset of Python: no starred tuples, and a constexpr condition needs a statement.
@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..formats import ceil_div
-from .launch import repeatable
+from .launch import repeatable, start
 
 # Triton renamed its TMA copies after 3.6.
 _tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -310,7 +310,7 @@ _launches: dict[tuple[Any, ...], Callable[[], None]] = {}
 def _counter(like: torch.Tensor, remembered: bool) -> torch.Tensor:
     """A zero on the device that no other launch counts with at the same time; the launch leaves it at zero.
 
-    Launches that are remembered keep theirs, in turn: far fewer are remembered than there are. Others have one for themselves.
+    Launches that are remembered keep theirs, in turn: a quarter as many are remembered as there are. Others have one for themselves.
     """
     if not remembered:
         return like.new_zeros(1, dtype=torch.int32)
@@ -410,12 +410,14 @@ def _first_launch(
         return
     of_addresses = tuple(descriptor and descriptor.of_address() for descriptor in descriptors)
     args = (*of_addresses, b_dq.data_ptr(), counter.data_ptr(), *numbers)
+    if not remembered:
+        start(kernel, device, grid, args)
+        return
     launch = repeatable(kernel, device, grid, args)
     launch()
-    if remembered:
-        if len(_launches) >= REMEMBERED:
-            _launches.clear()
-        _launches[key] = launch
+    if len(_launches) >= REMEMBERED:
+        _launches.clear()
+    _launches[key] = launch
 
 
 @contextmanager

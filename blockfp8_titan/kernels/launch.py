@@ -67,7 +67,10 @@ def _last_call(
     wrapper = getattr(launcher, "launch", None)
     if not isinstance(wrapper, FunctionType) or "launcher" not in wrapper.__code__.co_freevars:
         return None
-    if launcher.global_scratch_size or launcher.profile_scratch_size:
+    # GSan counts launches among the arguments.
+    if any(getattr(launcher, name, None) != 0 for name in ("global_scratch_size", "profile_scratch_size")) or getattr(
+        launcher, "gsan_enabled", False
+    ):
         return None
     calls: list[tuple[Any, ...]] = []
     cells = list(wrapper.__closure__ or ())
@@ -78,6 +81,8 @@ def _last_call(
     noting.launch = FunctionType(wrapper.__code__, wrapper.__globals__, closure=tuple(cells))
     stream = object()
     noting(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
-    (call,) = calls
-    at = next(i for i, arg in enumerate(call) if arg is stream)
+    found = [(call, i) for call in calls for i, arg in enumerate(call) if arg is stream]
+    if len(calls) != 1 or len(found) != 1:
+        return None
+    call, at = found[0]
     return launch, call[:at], call[at + 1 :]

@@ -128,7 +128,7 @@ def _quantize_rows_kernel(w_ptr, w_dq_ptr, w_q_ptr, M, K, w_stride, first_row):
     m, k, mask, block = _shard_tile(M, K, first_row)
     w = tl.load(w_ptr + m[:, None] * w_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
     dq = tl.load(w_dq_ptr + block * tl.num_programs(0) + tl.program_id(0))
-    tl.store(w_q_ptr + m[:, None] * K + k[None, :], quantize(w, dq, w_ptr.dtype.element_ty == tl.bfloat16), mask=mask)
+    tl.store(w_q_ptr + m[:, None] * K + k[None, :], quantize(w, dq, False), mask=mask)  # dq may be of anything
 
 
 @triton.jit

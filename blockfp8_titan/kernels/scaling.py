@@ -44,9 +44,10 @@ def block_multiplier(amax_bits, POW2: tl.constexpr):
 def quotient(x, dq, BF16: tl.constexpr):
     """What e4m3(x / dq) may be cast from; shapes broadcast. dq is from 2^-126 to 2^120, or NaN.
 
-    BF16: x are bf16 in value. Then two instructions do for each x instead of four: the error of the reciprocal is kept beside it, and
-    the quotient is off by 2^-44 of itself before it is rounded. That is enough for every pair of bf16 x and amax, which are few
-    enough to be tried (tests/test_scaling.py). Otherwise x / dq is rounded to nearest.
+    BF16: x are bf16 in value, and so is the amax that dq is made of. Then two instructions do for each x instead of four: the error
+    of the reciprocal is kept beside it, and the quotient is off by less than 2^-42 of itself before it is rounded (by more from
+    dq = 2^104 on, where the error is no normal number). That it is enough was tried for every pair of x and amax, which are few
+    (tests/test_scaling.py). Otherwise x / dq is rounded to nearest.
     """
     # Tiny blocks are lifted by an exact factor: their residuals would have bits below the least fp32.
     lift = tl.where(dq < TINY, 1 / TINY, 1.0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..recipe import GemmBackend
+from .layouts import WIDEST
 from .library import check_choice
 
 ResolvedBackend = Literal["triton", "cublas", "reference"]
@@ -67,15 +68,16 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def suits_both_hopper(padded: bool, x: Tensor, *others: Tensor) -> bool:
-    """Whether `kernels.both_hopper` takes these operands: on Hopper, x in bf16, M a multiple of 16, rows at multiples of 16 bytes.
+    """Whether `kernels.both_hopper` takes these operands: on Hopper, x in bf16, M a multiple of 16, and rows where loads of 16 bytes
+    are compiled: they begin at multiples of 16 bytes, and strides are multiples of 16.
 
     Args:
         padded: whether rows of the transposed payload are longer than M.
     """
     # In a tile the kernels count in 32 bits: columns of the transposed payload are M apart.
-    if padded or x.dtype != torch.bfloat16 or x.shape[0] > 2**24 or not is_hopper(x.device):
+    if padded or x.dtype != torch.bfloat16 or x.shape[0] > WIDEST or not is_hopper(x.device):
         return False
-    return all(y.data_ptr() % 16 == 0 and y.stride()[0] * y.itemsize % 16 == 0 for y in (x, *others))
+    return all(y.data_ptr() % 16 == 0 and y.stride()[0] % 16 == 0 for y in (x, *others))
 
 
 @cache

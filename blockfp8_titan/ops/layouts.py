@@ -10,6 +10,9 @@ from ..formats import ALIGNMENT, BLOCK, ceil_div, round_up
 
 E4M3 = torch.float8_e4m3fn
 
+WIDEST = 2**24
+"""Elements that a row of what is quantised may have, and that rows may be apart: in a tile, kernels count in 32 bits."""
+
 Quantized = tuple[Tensor, Tensor]
 """Payload and multipliers."""
 
@@ -51,9 +54,9 @@ def column_major(dq: Tensor) -> Tensor:
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """x itself where its rows are contiguous and at most 2^24 apart, else a copy: in a tile, kernels count in 32 bits."""
+    """x itself where its rows are contiguous and at most `WIDEST` apart, else a copy."""
     along_m, along_k = x.stride()
-    return x if along_k == 1 and x.shape[1] <= along_m <= 2**24 else x.contiguous()
+    return x if along_k == 1 and x.shape[1] <= along_m <= WIDEST else x.contiguous()
 
 
 def tiles(m: int, k: int) -> tuple[int, int, int]:

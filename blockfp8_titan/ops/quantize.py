@@ -13,7 +13,17 @@ from torch import Tensor
 from .. import reference
 from ..recipe import ScaleFormat
 from .backend import QuantizeBackend, is_hopper, suits_both_hopper, use_reference
-from .layouts import E4M3, aligned_rows, block_multipliers, contiguous_rows, fill, group_multipliers, row_major, tiles
+from .layouts import (
+    E4M3,
+    WIDEST,
+    aligned_rows,
+    block_multipliers,
+    contiguous_rows,
+    fill,
+    group_multipliers,
+    row_major,
+    tiles,
+)
 from .library import FLOATS, check_aligned, check_choice, check_matrix, define, kernels, launch
 
 _SCALE_FORMATS, _BACKENDS = get_args(ScaleFormat), get_args(QuantizeBackend)
@@ -142,6 +152,8 @@ def check_quantizable(scale_format: ScaleFormat, backend: QuantizeBackend, **mat
     for name, x in matrices.items():
         check_matrix(name, x, FLOATS)
         check_aligned(name, x, 1)
+        if x.shape[1] > WIDEST:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: dimension 1 must be at most {WIDEST:,}; split it")
     check_choice("scale_format", scale_format, _SCALE_FORMATS)
     check_choice("backend", backend, _BACKENDS)
 
