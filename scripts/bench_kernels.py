@@ -360,13 +360,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")  # results are checked against true fp32
-    from blockfp8_titan.kernels import gemm_hopper  # needs Triton
+    from blockfp8_titan.kernels import gemm_hopper_launch  # needs Triton
 
     args.out.mkdir(parents=True, exist_ok=True)
 
     def save(result: dict[str, Any]) -> None:
         compiled = [(str(key[2]), kernel) for key, kernel in library._compiled.items()]
-        compiled += [(str(key[1:]), kernel) for key, kernel in gemm_hopper.compiled.items()]
+        compiled += [(str(key[1:]), kernel) for key, kernel in gemm_hopper_launch.compiled.items()]
         result["kernels"] = resources(compiled, multiprocessor_limits(device))
         result["peak_tflops"] = peak_tflops(result["gpu"])
         (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -14,7 +14,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from blockfp8_titan import kernels, ops, reference
-from blockfp8_titan.kernels import both_hopper, gemm_hopper
+from blockfp8_titan.kernels import both_hopper, gemm_hopper, gemm_hopper_launch
 from blockfp8_titan.numerics import GEMM_RELATIVE_ERROR, relative_error
 from blockfp8_titan.ops import gemm as gemm_ops
 from blockfp8_titan.ops import library
@@ -105,7 +105,7 @@ def gemm(M: int, N: int, K: int, dtypes: tuple[torch.dtype, ...]) -> None:
 
 def never_launched() -> list[str]:
     launched = {key[0] for key in library._compiled}
-    if gemm_hopper.compiled:
+    if gemm_hopper_launch.compiled:
         launched.add(gemm_hopper._gemm_hopper_kernel.fn)
     found = {}
     for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):

@@ -168,11 +168,11 @@ def test_host_work_of_a_call_stays_small(name, bound, on_cpu, monkeypatch):
     """Calls, not a time, which would depend on the machine. There are 42, 67, 43 and 36."""
     monkeypatch.setattr(backend, "resolve_quantize_backend", lambda device: "triton")
     monkeypatch.setattr(backend, "is_hopper", lambda device: True)
-    for module, found in ((quantize, "quantize"), (gemm, "gemm_hopper")):
+    for module, found in ((quantize, "quantize"), (gemm, "gemm_hopper_launch")):
         real = library.kernels(found)
         stand_in = types.SimpleNamespace(**vars(real))
-        if found == "gemm_hopper":
-            gemm_hopper = real
+        if found == "gemm_hopper_launch":
+            launches = real
             monkeypatch.setattr(real, "compiled", {})
             monkeypatch.setattr(real, "_launches", {})
             monkeypatch.setattr(real, "_counters", {})
@@ -203,5 +203,5 @@ def test_host_work_of_a_call_stays_small(name, bound, on_cpu, monkeypatch):
     for _ in range(3):  # compiled, prepared, and from then on as ever
         run()
     if name == "gemm":
-        assert len(gemm_hopper._launches) == 1
+        assert len(launches._launches) == 1
     assert 0 < calls_of_the_package(run) <= bound

@@ -168,42 +168,42 @@ def test_cublas_names_the_size_it_does_not_take(kind):
 
 @pytest.mark.gpu
 def test_counters_of_tiles_are_used_again(monkeypatch):
-    from blockfp8_titan.kernels import gemm_hopper
+    from blockfp8_titan.kernels import gemm_hopper_launch
 
-    monkeypatch.setattr(gemm_hopper, "COUNTERS", 3)
-    monkeypatch.setattr(gemm_hopper, "_counters", {})
-    monkeypatch.setattr(gemm_hopper, "_launches", {})
+    monkeypatch.setattr(gemm_hopper_launch, "COUNTERS", 3)
+    monkeypatch.setattr(gemm_hopper_launch, "_counters", {})
+    monkeypatch.setattr(gemm_hopper_launch, "_launches", {})
     args = operands("1x128_128x128", 516, 528, 640, device="cuda")
     first, *others = (gemm("1x128_128x128", *args, backend="triton") for _ in range(8))
     assert all(torch.equal(first, other) for other in others)
-    assert len(gemm_hopper._counters) == is_hopper(args[0].device)
-    for zeros, _ in gemm_hopper._counters.values():
+    assert len(gemm_hopper_launch._counters) == is_hopper(args[0].device)
+    for zeros, _ in gemm_hopper_launch._counters.values():
         assert zeros.shape == (3,) and not zeros.any()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_remembered_launch_reads_what_is_there_now(kind, monkeypatch):
-    from blockfp8_titan.kernels import gemm_hopper
+    from blockfp8_titan.kernels import gemm_hopper_launch
 
     if not is_hopper(torch.device("cuda")):
         pytest.skip("remembered on Hopper alone")
-    monkeypatch.setattr(gemm_hopper, "REMEMBERED", 4)
-    monkeypatch.setattr(gemm_hopper, "_launches", {})
+    monkeypatch.setattr(gemm_hopper_launch, "REMEMBERED", 4)
+    monkeypatch.setattr(gemm_hopper_launch, "_launches", {})
     args = operands(kind, 516, 528, 640, device="cuda")
     gemm(kind, *args, backend="triton")  # it is compiled
     for _ in range(3):
         assert_close(exact(kind, *args), gemm(kind, *args, backend="triton"))
         for arg, other in zip(args, operands(kind, 516, 528, 640, device="cuda"), strict=True):
             arg.copy_(other)
-    assert len(gemm_hopper._launches) == 1
+    assert len(gemm_hopper_launch._launches) == 1
     kept = [gemm(kind, *args, backend="triton") for _ in range(9)]
-    assert all(torch.equal(out, kept[0]) for out in kept) and 0 < len(gemm_hopper._launches) <= 4
-    remembered = dict(gemm_hopper._launches)
+    assert all(torch.equal(out, kept[0]) for out in kept) and 0 < len(gemm_hopper_launch._launches) <= 4
+    remembered = dict(gemm_hopper_launch._launches)
     args = operands(kind, 515, 528, 640, device="cuda")  # multipliers are copied for each launch
     for _ in range(2):
         assert_close(exact(kind, *args), gemm(kind, *args, backend="triton"))
-    assert gemm_hopper._launches == remembered
+    assert gemm_hopper_launch._launches == remembered
 
 
 @pytest.mark.gpu
@@ -230,6 +230,6 @@ def test_products_side_by_side_and_replayed(kind):
     torch.cuda.synchronize()
     assert all(torch.equal(out, expected) for out in outs) and not any(differences)
     if is_hopper(args[0].device):
-        from blockfp8_titan.kernels import gemm_hopper
+        from blockfp8_titan.kernels import gemm_hopper_launch
 
-        assert not any(zeros.any() for zeros, _ in gemm_hopper._counters.values())
+        assert not any(zeros.any() for zeros, _ in gemm_hopper_launch._counters.values())

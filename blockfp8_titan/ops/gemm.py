@@ -179,7 +179,7 @@ def _triton(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_per_row: boo
         out = a_q.new_empty((M, N), dtype=out_dtype)
         with on_device_of(out):
             b_dq = column_major(b_dq) if b_per_row else b_dq
-            kernels("gemm_hopper").multiply_scaled(
+            kernels("gemm_hopper_launch").multiply_scaled(
                 a_q, column_major(a_dq), b_q, b_dq, out, b_per_row, multiprocessors(device)
             )
         return out
