@@ -23,7 +23,7 @@ from blockfp8_titan.ops.backend import is_hopper
 from . import elementwise
 from .data import bits, draw
 
-MATRICES = [(1, 16), (144, 272), (131, 208)]
+MATRICES = [(1, 16), (128, 256), (144, 272), (131, 208)]
 GEMMS = [(1, 16, 16), (384, 256, 512), (131, 272, 400)]
 
 

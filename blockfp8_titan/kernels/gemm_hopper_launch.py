@@ -102,7 +102,7 @@ def multiply_scaled(
     b_per_row: bool,
     multiprocessors: int,
 ) -> None:
-    """Write a b^T into c. The same bits whichever program takes which tile.
+    """Write a b^T into c, and remember the launch where it can be repeated. The same bits whichever program takes which tile.
 
     Args:
         a_q: [M, K] float8_e4m3fn, rows contiguous and at multiples of 16 bytes; M, K >= 1.
@@ -123,24 +123,10 @@ def multiply_scaled(
         c.data_ptr(),
         *(what for x in (a_q, a_dq, b_q, b_dq) for what in (x.data_ptr(), x.stride())),
     )
-    launch = None if torch.cuda.is_current_stream_capturing() else _launches.get(key)
-    if launch is not None:
+    capturing = torch.cuda.is_current_stream_capturing()
+    if not capturing and (launch := _launches.get(key)):
         launch()
-    else:
-        _first_launch(key, a_q, a_dq, b_q, b_dq, c, b_per_row, multiprocessors)
-
-
-def _first_launch(
-    key: tuple[Any, ...],
-    a_q: torch.Tensor,
-    a_dq: torch.Tensor,
-    b_q: torch.Tensor,
-    b_dq: torch.Tensor,
-    c: torch.Tensor,
-    b_per_row: bool,
-    multiprocessors: int,
-) -> None:
-    """Launch, and remember the launch by its key where it can be repeated."""
+        return
     M, K = a_shape = a_q.shape
     N, _ = b_shape = b_q.shape
     a_dq_desc, a_dq_k = _columns(a_dq, BM.value)
@@ -160,7 +146,7 @@ def _first_launch(
     numbers = (M, N, K, a_dq_k, b_dq_n, b_dq_k, b_per_row)
     # A copy has another address next time, and a graph that is being recorded may be replayed beside any other launch.
     copied = a_dq_desc.base is not a_dq or (b_dq_desc is not None and b_dq_desc.base is not b_dq)
-    remembered = not copied and not torch.cuda.is_current_stream_capturing()
+    remembered = not copied and not capturing
     counter = _counter(a_q, remembered)
     grid = (min(ceil_div(M, BM.value) * ceil_div(N, BN.value), multiprocessors), 1, 1)
     device = a_q.get_device()
