@@ -4,6 +4,9 @@
 #   scripts/sanitize.sh memcheck --few   # one tool, one shape of each kind
 # All that the tools print is shown. Exits with 1 on any finding, warnings too, or when a kernel's result is wrong; with 2 where
 # the tools are missing. PYTHON names another interpreter than that of .venv.
+#
+# Races that racecheck reports in the warp-specialised GEMM are shown and not counted: it reports the like of them in kernels without a
+# race (tests/warp_specialized.py; a GPU test holds it to that).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -32,21 +35,32 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=.venv/bin/python
 fi
 
+warp_specialized=_gemm_hopper_kernel
+found=9  # what compute-sanitizer exits with
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 findings=()
 for tool in "${tools[@]}"; do
     case $tool in
         memcheck) clean='ERROR SUMMARY: 0 errors' ;;
-        racecheck) clean='RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)' ;;
+        racecheck) clean='RACECHECK SUMMARY: ' ;;
     esac
     echo "sanitize.sh: $tool"
     status=0
     # Without PyTorch's cache every tensor is an allocation with bounds. The compiler's processes are none of this. API errors
     # that matter raise in Python; PyTorch provokes and handles others. Importing PyTorch takes a busy machine its time.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --target-processes application-only \
-        --launch-timeout 120 --report-api-errors no --error-exitcode 9 --print-limit 1000 \
+        --launch-timeout 120 --report-api-errors no --error-exitcode $found --print-limit 1000 \
         "$PYTHON" -m tests.sanitized "${few[@]+"${few[@]}"}" 2>&1 | tee "$log" || status=$?
+    if [ "$tool" = racecheck ]; then
+        races=$(grep -c 'Race reported between' "$log" || true)
+        uncounted=$(grep -cE "Race reported between .* access at $warp_specialized\+" "$log" || true)
+        clean+="$uncounted hazard"
+        if [ "$uncounted" -gt 0 ]; then
+            echo "sanitize.sh: $uncounted of $races reports are of $warp_specialized and do not count"
+            [ $status -ne $found ] || status=0
+        fi
+    fi
     # Its own summary decides: the exit code tells neither warnings nor a tool that did not start.
     if [ $status -ne 0 ] || ! grep -qF "$clean" "$log" || ! grep -qx 'every kernel has run' "$log"; then
         findings+=("$tool")
