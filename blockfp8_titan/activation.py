@@ -40,6 +40,10 @@ class QuantizedInput:
     def dtype(self) -> torch.dtype:
         return self.carrier.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.carrier.device
+
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.carrier.shape if dim is None else self.carrier.shape[dim]
 

@@ -159,13 +159,17 @@ def operand_obstacle(shape: Sequence[int], dtype: torch.dtype, w: Tensor) -> str
                 f"{name} of a blockwise-fp8 linear has dtype {found}: must be torch.bfloat16 or torch.float32; "
                 "cast it, or keep the layer out of fp8"
             )
-    if shape[-1] != w.shape[1]:
-        return f"input has shape {tuple(shape)}: its last dimension must be in_features = {w.shape[1]}"
+    if not shape or shape[-1] != w.shape[1]:
+        return f"input has shape {tuple(shape)}: must be [..., {w.shape[1]}], its last dimension in_features"
     return None
 
 
 def matmul_obstacle(x: Tensor | QuantizedInput, w: Tensor, recipe: Recipe) -> str | None:
     """Why a linear cannot multiply x by w, on any mesh; None where it can."""
+    if not isinstance(x, (Tensor, QuantizedInput)):
+        return f"input is a {type(x).__name__}: must be a tensor"
+    if x.device != w.device:
+        return f"input is on {x.device} and weight on {w.device}: must be on one device; move one of them"
     if obstacle := operand_obstacle(x.shape, x.dtype, w):
         return obstacle
     if isinstance(x, QuantizedInput) and (recipe.wgrad, recipe.scale_format) != ("fp8", x.scale_format):

@@ -1,5 +1,7 @@
 """Activation checkpointing: which outputs of fp8 GEMMs selective checkpointing keeps for backward, and which it computes again."""
 
+from typing import get_args
+
 import torch.nn as nn
 
 from .conversion import ConversionReport, Row
@@ -62,7 +64,11 @@ def prepare_for_checkpointing(
         report: of the conversion.
         ac_save: see `recomputed_outputs`; "none" where checkpointing recomputes everything.
         columns_apart: see `Recomputation`; for blocks that are compiled and checkpointed.
+    Raises:
+        ValueError: there is no such ac_save.
     """
+    if ac_save not in get_args(ActivationSave):
+        raise ValueError(f"ac_save = {ac_save!r}: must be one of {', '.join(map(repr, get_args(ActivationSave)))}")
     recomputed = {fqn for row in recomputed_outputs(report, ac_save) for fqn in (row.fqn, *row.aliases)}
     for row in report.rows:
         if row.in_fp8:

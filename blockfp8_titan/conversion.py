@@ -13,7 +13,7 @@ from .autograd import FLOATS
 from .fqns import collapse
 from .fusion import Fusion, apply_fusions, describe_fusions, plan_fusions
 from .linear import BlockwiseFP8Linear
-from .recipe import Fuse, Recipe, SwiGLUInputs
+from .recipe import Fuse, Recipe, SwiGLUInputs, check_recipe
 from .rules import PlacedRule, Rule, check_rules_apply, decide, rules_from
 from .weight import gather_in_fp8
 
@@ -182,6 +182,9 @@ def plan_conversion(
     for name, value, choices in (("fuse", fuse, Fuse), ("swiglu_inputs", swiglu_inputs, SwiGLUInputs)):
         if value not in get_args(choices):
             raise ValueError(f"{name} = {value!r}: must be one of {', '.join(map(repr, get_args(choices)))}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}: must be an nn.Module")
+    check_recipe(recipe)
     if isinstance(model, nn.Linear):
         raise ValueError(
             f"model is itself a {type(model).__name__} and cannot be swapped in place: "
@@ -291,12 +294,18 @@ def gather_weights_in_fp8(model: nn.Module, report: ConversionReport) -> Convers
         report: `convert_model`'s.
     Returns:
         The report with a note for each weight that stays as it was: see `gather_obstacles`.
+    Raises:
+        ValueError: the report is not of this model's conversion.
     """
     obstacles = gather_obstacles(model, report)
     for row in report.rows:
         if row.in_fp8 and row.fqn not in obstacles:
             linear = model.get_submodule(row.fqn)
-            assert isinstance(linear, BlockwiseFP8Linear)
+            if not isinstance(linear, BlockwiseFP8Linear):
+                raise ValueError(
+                    f"{row.fqn} is a {type(linear).__name__}, and a Linear in fp8 by the report: pass the report that convert_model "
+                    "returned for this model"
+                )
             gather_in_fp8(linear, linear.recipe.scale_format)
     return report.with_notes(*gather_notes(report, obstacles))
 
@@ -305,7 +314,7 @@ def gather_notes(report: ConversionReport, obstacles: Mapping[str, str]) -> list
     """What a report says where gathering in fp8 was asked for: how many weights are, and which others are not and why."""
     in_fp8 = sum(row.in_fp8 for row in report.rows)
     return [
-        f"FSDP2 gathers {in_fp8 - len(obstacles)} of the {in_fp8} weights in fp8, one byte per element",
+        f"FSDP2 over several ranks gathers {in_fp8 - len(obstacles)} of the {in_fp8} weights in fp8, one byte per element",
         *(f"{fqn} is gathered unquantised: {reason}" for fqn, reason in obstacles.items()),
     ]
 

@@ -182,7 +182,7 @@ class BlockwiseFP8Converter:
         for placed in self.rules:
             if placed.rule.gemm_backend is not None:
                 try:
-                    describe_gemm_backend(placed.rule.gemm_backend, device)
+                    self.backend += f"; by {placed.origin}: {describe_gemm_backend(placed.rule.gemm_backend, device)}"
                 except ValueError as error:
                     raise ValueError(f"[{NAME}] {placed}: {error}") from error
 

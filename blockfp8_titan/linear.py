@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from .activation import QuantizedInput
 from .autograd import FLOATS, KnownWeight, blockwise_fp8_matmul, matmul_obstacle, operand_obstacle
 from .formats import ALIGNMENT
-from .recipe import Recipe
+from .recipe import Recipe, check_recipe
 from .recomputation import Recomputation
 from .tensor_parallel import check_weight_shards, sharded_matmul
 from .weight import GatheredFP8Weight, WeightScales, gather_in_fp8, is_gathered_in_fp8, plain_shard
@@ -62,6 +62,7 @@ class BlockwiseFP8Linear(nn.Linear):
     ) -> None:
         _check_features(in_features, out_features)
         _check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
+        check_recipe(recipe)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe = recipe
 
@@ -73,8 +74,14 @@ class BlockwiseFP8Linear(nn.Linear):
             recipe: numerics and backend.
             fqn: its name in the model, for error messages.
         Raises:
-            ValueError: in_features or out_features is not a positive multiple of 16; the weight is neither bf16 nor fp32.
+            ValueError: linear is of another class, whose forward would be lost; in_features or out_features is not a positive multiple
+                of 16; the weight is neither bf16 nor fp32; recipe is no Recipe.
         """
+        if type(linear) not in (nn.Linear, cls):
+            raise ValueError(
+                f"linear is a {type(linear).__name__}: must be an nn.Linear itself, whose forward a blockwise-fp8 linear stands for"
+            )
+        check_recipe(recipe)
         _check_features(linear.in_features, linear.out_features)
         _check_dtype("weight.dtype", linear.weight.dtype)
         twin = cls.__new__(cls)
@@ -148,9 +155,9 @@ class BlockwiseFP8Linear(nn.Linear):
 
 def _check_features(in_features: int, out_features: int) -> None:
     for name, features in (("in_features", in_features), ("out_features", out_features)):
-        if features <= 0 or features % ALIGNMENT:
+        if not isinstance(features, int) or features <= 0 or features % ALIGNMENT:
             raise ValueError(
-                f"{name} = {features}: must be a positive multiple of {ALIGNMENT}, the unit in which fp8 tensor cores read rows; "
+                f"{name} = {features!r}: must be a positive multiple of {ALIGNMENT}, the unit in which fp8 tensor cores read rows; "
                 "keep this layer an nn.Linear"
             )
 

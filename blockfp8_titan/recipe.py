@@ -42,3 +42,9 @@ class Recipe:
         """Whether what the one quantises for y and dw the other can multiply."""
         keys = [(recipe.wgrad, recipe.scale_format, recipe.quantize_backend) for recipe in (self, other)]
         return keys[0] == keys[1]
+
+
+def check_recipe(recipe: object) -> None:
+    """Raises ValueError unless this is a Recipe."""
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe = {recipe!r}: must be a Recipe, such as Recipe(wgrad='bf16')")

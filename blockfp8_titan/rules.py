@@ -67,6 +67,12 @@ class Rule:
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} = {value!r}: must be an integer, 0 or more")
         self.recipe_from(Recipe())
+        if self.action == "skip" and (without_effect := [k for k in _RECIPE_FIELDS if getattr(self, k) is not None]):
+            name = without_effect[0]
+            raise ValueError(
+                f"{name} = {getattr(self, name)!r} with action = 'skip': Linears that are skipped stay as they are; leave it out, or set "
+                "action = 'convert'"
+            )
 
     def recipe_from(self, recipe: Recipe) -> Recipe:
         """`recipe` with the fields that this rule sets."""
@@ -110,6 +116,8 @@ def rules_from(entries: Iterable[Rule | PlacedRule | Mapping[str, Any]], source:
     Raises:
         ValueError: names source and position, the key, its value and the requirement.
     """
+    if isinstance(entries, (str, Mapping, Rule, PlacedRule)) or not isinstance(entries, Iterable):
+        raise ValueError(f"rules = {entries!r}: must be a list of rules")
     placed = []
     for position, entry in enumerate(entries, start=1):
         if isinstance(entry, PlacedRule):
@@ -160,18 +168,22 @@ def load_rules_file(path_or_preset: str) -> list[PlacedRule]:
             an unknown key, a bad value.
     """
     name = f"rules_file = {path_or_preset!r}"
-    path = Path(path_or_preset)
-    is_bare = path.name == path_or_preset and not path.suffix
-    if is_bare and not path.is_file():
-        path = preset_folder() / f"{path_or_preset}.toml"
-    if not path.is_file():
-        raise ValueError(f"{name}: no such file; give a path or one of the presets {', '.join(presets())}")
+    try:
+        path = Path(path_or_preset).expanduser()
+        is_bare = path.name == path_or_preset and not path.suffix
+        if is_bare and not path.is_file():
+            path = preset_folder() / f"{path_or_preset}.toml"
+        if not path.is_file():
+            found = "a folder" if path.is_dir() else f"no such file{_did_you_mean(path.stem.lower(), presets())}"
+            raise ValueError(f"{name}: {found}; give a file's path or one of the presets {', '.join(presets())}")
+    except (OSError, RuntimeError) as error:  # a name too long, a home that is not known
+        raise ValueError(f"{name}: cannot be read: {error}; give a file's path") from error
     try:
         content = tomli.loads(path.read_text(encoding="utf-8"))
     except tomli.TOMLDecodeError as error:
         raise ValueError(f"{name}: not valid TOML: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name}: cannot be read: {error}") from error
+        raise ValueError(f"{name}: cannot be read: {error}; it must be a TOML file in UTF-8") from error
     for key in content:
         if key != "rules":
             hint = _did_you_mean(key, ["rules"])

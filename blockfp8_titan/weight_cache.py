@@ -32,11 +32,17 @@ class CachedWeight:
         return self.tensors if fresh else None
 
     def refresh(self, weight: Tensor, recipe: Recipe) -> None:
-        if self.of(weight) is None and not weight.is_meta:
+        if self.of(weight) is not None or weight.is_meta:
+            return
+        # First, so that the new ones take their memory: launches are remembered by addresses, and with the old still there the weights
+        # of a model would move into each other's places at every step.
+        self.clear()
+        # Autograd keeps what is cached, and refuses what inference mode has made.
+        with torch.inference_mode(False), torch.no_grad():
             self.tensors = ops.quantize_128x128_both(
                 weight.detach(), recipe.scale_format, backend=recipe.quantize_backend
             )
-            self._quantized_from = _state(weight)
+        self._quantized_from = _state(weight)
 
     def clear(self) -> None:
         self.tensors = self._quantized_from = None

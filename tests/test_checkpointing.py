@@ -243,3 +243,10 @@ def test_weights_gathered_in_fp8_are_transposed_in_backward(mode):
     step(model, tokens_for(model, sequences=1, length=256))
     forward, backward = map(graph_calls, graphs)
     assert (forward.calls["transpose_fp8"], backward.calls["transpose_fp8"]) == (0, 7)
+
+
+def test_another_choice_is_refused():
+    model = model_of()
+    report = convert_model(model)
+    with pytest.raises(ValueError, match="ac_save = 'all': must be one of 'gemm', 'balanced', 'none'"):
+        prepare_for_checkpointing(model, report, "all")

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
-from blockfp8_titan.conversion import ConversionReport, convert_model, plan_conversion
+from blockfp8_titan.conversion import ConversionReport, convert_model, gather_weights_in_fp8, plan_conversion
 from blockfp8_titan.linear import BlockwiseFP8Linear
 from blockfp8_titan.recipe import Recipe
 from blockfp8_titan.rules import Rule
@@ -298,3 +298,23 @@ def test_json_has_every_row_in_full(model):
     }
     assert content["totals"] == report.totals()
     assert content["notes"] == ["a remark"]
+
+
+def test_arguments_of_other_types_are_refused_and_leave_the_model_as_it_was(model):
+    before = list(model.modules())
+    for recipe in ("bf16", None):
+        with pytest.raises(ValueError, match=rf"recipe = {recipe!r}: must be a Recipe"):
+            convert_model(model, recipe=recipe)
+    with pytest.raises(ValueError, match="rules = None: must be a list of rules"):
+        convert_model(model, None)
+    assert list(model.modules()) == before
+    with pytest.raises(ValueError, match="model is a NoneType: must be an nn.Module"):
+        convert_model(None)
+
+
+def test_gathers_want_the_report_of_this_models_conversion(model):
+    report = convert_model(copy.deepcopy(model))
+    with pytest.raises(
+        ValueError, match=r"is a Linear, and a Linear in fp8 by the report: pass the report that convert_model returned"
+    ):
+        gather_weights_in_fp8(model, report)

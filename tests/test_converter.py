@@ -127,7 +127,7 @@ def test_weights_are_gathered_in_fp8_or_cached(job, tmp_path, parallel_dims, key
     assert all(isinstance(linear.weight, BlockwiseFP8Weight) is gathered for linear in linears)
     assert all((linear.cached_weight is not None) is cached for linear in linears)
     notes = json.loads((tmp_path / "run" / "blockwise_fp8_conversion.json").read_text())["notes"]
-    assert notes == ["FSDP2 gathers 42 of the 42 weights in fp8, one byte per element"] * gathered
+    assert notes == ["FSDP2 over several ranks gathers 42 of the 42 weights in fp8, one byte per element"] * gathered
 
 
 def test_a_tied_weight_is_gathered_unquantised_and_the_report_says_why(job, tmp_path):
@@ -138,7 +138,7 @@ def test_a_tied_weight_is_gathered_unquantised_and_the_report_says_why(job, tmp_
     assert first is second and type(first) is torch.nn.Parameter
     assert isinstance(model.layers["1"].attention.wo.weight, BlockwiseFP8Weight)
     assert json.loads((tmp_path / "run" / "blockwise_fp8_conversion.json").read_text())["notes"] == [
-        "FSDP2 gathers 40 of the 42 weights in fp8, one byte per element",
+        "FSDP2 over several ranks gathers 40 of the 42 weights in fp8, one byte per element",
         "layers.0.attention.wo is gathered unquantised: its weight is tied to layers.1.attention.wq.weight",
         "layers.1.attention.wq is gathered unquantised: its weight is tied to layers.0.attention.wo.weight",
     ]

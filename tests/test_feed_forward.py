@@ -252,9 +252,7 @@ def test_what_w2_cannot_multiply_is_refused_by_its_name(swiglu_inputs):
     ):
         fused(x)
     fused.w2.weight = nn.Parameter(torch.randn(144, 160))
-    with pytest.raises(
-        ValueError, match=r"w2: input has shape \(40, 272\): its last dimension must be in_features = 160"
-    ):
+    with pytest.raises(ValueError, match=r"w2: input has shape \(40, 272\): must be \[..., 160\]"):
         fused(x)
 
 

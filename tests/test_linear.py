@@ -329,9 +329,7 @@ def test_bad_inputs_are_named(fqn):
     prefix = f"^{fqn}: " if fqn else "^"
     with pytest.raises(ValueError, match=f"{prefix}input of a blockwise-fp8 linear has dtype torch.float16"):
         linear(torch.randn(2, 64).half())
-    with pytest.raises(
-        ValueError, match=rf"{prefix}input has shape \(2, 32\): its last dimension must be in_features = 64"
-    ):
+    with pytest.raises(ValueError, match=rf"{prefix}input has shape \(2, 32\): must be \[..., 64\]"):
         linear(torch.randn(2, 32))
     with pytest.raises(ValueError, match=f"{prefix}weight of a blockwise-fp8 linear has dtype torch.float64"):
         linear.double()(torch.randn(2, 64))
@@ -371,3 +369,33 @@ def test_shapes_and_dtypes_without_data(dtype):
 def test_recipe_refuses_unknown_choices(field, value):
     with pytest.raises(ValueError, match=f"{field} = '{value}': must be one of"):
         Recipe(**{field: value})
+
+
+class _WithMore(nn.Linear):
+    def forward(self, input):
+        return super().forward(input) + 1
+
+
+def test_a_linear_with_a_forward_of_its_own_is_refused():
+    with pytest.raises(ValueError, match="linear is a _WithMore: must be an nn.Linear itself"):
+        BlockwiseFP8Linear.from_linear(_WithMore(32, 48))
+    with pytest.raises(ValueError, match="linear is a Conv1d: must be an nn.Linear itself"):
+        BlockwiseFP8Linear.from_linear(nn.Conv1d(16, 16, 1))
+    twin = BlockwiseFP8Linear.from_linear(BlockwiseFP8Linear(32, 48), Recipe(wgrad="bf16"))
+    assert twin.recipe == Recipe(wgrad="bf16")
+
+
+def test_arguments_of_other_types_are_refused():
+    with pytest.raises(ValueError, match="in_features = '16': must be a positive multiple of 16"):
+        BlockwiseFP8Linear("16", 16)
+    with pytest.raises(ValueError, match="recipe = None: must be a Recipe"):
+        BlockwiseFP8Linear(16, 16, recipe=None)
+    linear = BlockwiseFP8Linear(32, 48)
+    linear.fqn = "layers.0.wq"
+    for input, message in (
+        (None, r"input is a NoneType: must be a tensor"),
+        (torch.tensor(1.0), r"input has shape \(\): must be \[\.\.\., 32\]"),
+        (torch.randn(2, 32, device="meta"), "input is on meta and weight on cpu: must be on one device"),
+    ):
+        with pytest.raises(ValueError, match=rf"^layers\.0\.wq: {message}"):
+            linear(input)

@@ -28,7 +28,7 @@ def test_the_table_of_a_config(capsys):
     assert printed.out.startswith("llama3 debugmodel\nlinear ")
     assert "layers.{0-5}.attention.wq ×6" in printed.out
     assert "42 of 43 Linears in fp8" in printed.out
-    assert "note: FSDP2 gathers 42 of the 42 weights in fp8, one byte per element" in printed.out
+    assert "note: FSDP2 over several ranks gathers 42 of the 42 weights in fp8, one byte per element" in printed.out
 
 
 def test_70b_takes_no_weights(capsys):

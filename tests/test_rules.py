@@ -188,11 +188,50 @@ def test_presets_are_found_beside_the_package_and_inside_it(tmp_path, monkeypatc
         assert load_rules_file("some")[0].rule.match == match
 
 
-@pytest.mark.parametrize("name", ["skip_kw", "no/such.toml", "skip_kv.tml"])
-def test_a_missing_file_is_answered_with_the_presets(name):
-    with pytest.raises(ValueError, match="no such file; give a path or one of the presets .*skip_kv") as error:
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("skip_kw", "no such file, did you mean 'skip_kv'?"),
+        ("SKIP_KV", "no such file, did you mean 'skip_kv'?"),
+        ("skip_kv.tml", "no such file, did you mean 'skip_kv'?"),
+        ("no/such.toml", "no such file"),
+        ("/", "a folder"),
+    ],
+)
+def test_a_missing_file_is_answered_with_the_presets(name, found):
+    with pytest.raises(ValueError) as error:
         load_rules_file(name)
-    assert f"rules_file = '{name}'" in str(error.value)
+    assert str(error.value).startswith(f"rules_file = '{name}': {found}; give a file's path or one of the presets ")
+    assert "skip_kv" in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    for name in ("x" * 5000, "~nobody_of_this_name/rules.toml"):
+        with pytest.raises(ValueError, match=rf"^rules_file = '{name[:20]}.*give a file's path"):
+            load_rules_file(name)
+    path = tmp_path / "latin.toml"
+    path.write_bytes("[[rules]]\nmatch = '*'\nreason = 'größer'\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.toml': cannot be read: .*; it must be a TOML file in UTF-8"):
+        load_rules_file(str(path))
+
+
+def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "mine.toml", "[[rules]]\nmatch = 'mine'\n")
+    assert load_rules_file("~/mine.toml")[0].rule.match == "mine"
+
+
+@pytest.mark.parametrize("key", ["wgrad", "gemm_backend", "scale_format"])
+def test_a_rule_that_skips_and_says_how_to_compute_is_refused(key):
+    value = {"wgrad": "bf16", "gemm_backend": "auto", "scale_format": "pow2"}[key]
+    with pytest.raises(ValueError, match=f"rule 1: {key} = '{value}' with action = 'skip': .*leave it out, or set"):
+        rules_from([{"match": "*", "action": "skip", key: value}])
+
+
+@pytest.mark.parametrize("entries", ["skip", None, 3, Rule("*"), {"match": "*"}])
+def test_rules_that_are_no_list_are_refused(entries):
+    with pytest.raises(ValueError, match=r"^rules = .*: must be a list of rules"):
+        rules_from(entries)
 
 
 @pytest.mark.parametrize(

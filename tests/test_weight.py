@@ -142,3 +142,34 @@ def test_steps_do_not_compile_again():
             gradients(model, torch.randn(24, 144))
         optimizer.step()
         drop_cached_weights(model)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_inference_mode_has_cached_can_be_trained_with(compiled):
+    model, plain = caching("fp8")
+    if compiled:
+        torch._dynamo.reset()
+        model.layers.register_module("0", torch.compile(model.layers[0], backend="aot_eager", fullgraph=True))
+    x = torch.randn(24, 144)
+    with torch.inference_mode():
+        assert torch.equal(model(x), plain(x))
+    assert_same(model, plain)
+
+
+@pytest.mark.gpu
+def test_cached_weights_stay_where_they_are():
+    """Of launches by other addresses nothing is remembered."""
+    model, _ = caching("fp8")
+    model.cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+
+    def addresses():
+        return [tensor.data_ptr() for linear in linears(model) for tensor in linear.cached_weight.tensors]
+
+    seen = []
+    for _ in range(4):
+        gradients(model, torch.randn(24, 144, device="cuda"))
+        seen.append(addresses())
+        optimizer.step()
+        drop_cached_weights(model)
+    assert seen[1] == seen[2] == seen[3]

@@ -1,5 +1,6 @@
 """Who computes: which backend a device can run, and which one "auto" takes. The one place that chooses."""
 
+import logging
 from functools import cache
 from typing import Literal, get_args
 
@@ -17,6 +18,11 @@ _Y_AND_DX, _DW = get_args(GemmKind)
 
 FASTER_ON_HOPPER: dict[GemmKind, ResolvedBackend] = {_Y_AND_DX: "triton", _DW: "triton"}
 """What "auto" takes on Hopper: the faster by scripts/results/bench_kernels.json (1.084 and 1.031 of cuBLASLt there)."""
+
+
+_logger = logging.getLogger(__name__)
+_told: set[str] = set()
+"""Kinds of devices of which somebody has been told who multiplies there."""
 
 
 @cache
@@ -82,7 +88,7 @@ def suits_both_hopper(padded: bool, x: Tensor, *others: Tensor) -> bool:
 
 @cache
 def resolve_gemm_backend(requested: GemmBackend, device: torch.device, kind: GemmKind) -> ResolvedBackend:
-    """The backend that multiplies on this device.
+    """The backend that multiplies on this device; the first choice of "auto" is logged, unless `describe_gemm_backend` was asked before.
 
     Under "auto": the faster of cuBLASLt and Triton on Hopper, Triton on other GPUs that have e4m3, the reference elsewhere.
     Sizes that cuBLASLt does not take (see `ops.gemm`) go to Triton under "auto".
@@ -94,7 +100,10 @@ def resolve_gemm_backend(requested: GemmBackend, device: torch.device, kind: Gem
     obstacles = {"cublas": cublas_obstacle(device), "triton": triton_obstacle(device), "reference": None}
     if requested == "auto":
         candidates = [FASTER_ON_HOPPER[kind]] if obstacles["cublas"] is None else ["triton", "reference"]
-        return next(name for name in candidates if obstacles[name] is None)
+        chosen = next(name for name in candidates if obstacles[name] is None)
+        if device.type not in _told:
+            _logger.info(f"blockwise-fp8 GEMM backend: {describe_gemm_backend(requested, device)}")
+        return chosen
     if obstacle := obstacles[requested]:
         raise ValueError(f'gemm_backend = "{requested}": {obstacle}; use "auto" or "reference"')
     return requested
@@ -116,6 +125,7 @@ def describe_gemm_backend(requested: GemmBackend, device: torch.device) -> str:
     Raises:
         ValueError: as `resolve_gemm_backend`.
     """
+    _told.add(device.type)
     backends = {kind: resolve_gemm_backend(requested, device, kind) for kind in get_args(GemmKind)}
     where = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
     why = "chosen by auto" if requested == "auto" else "as configured"
