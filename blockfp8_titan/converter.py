@@ -41,6 +41,16 @@ def section_of(job_config: JobConfig) -> BlockwiseFP8:
     return getattr(job_config, NAME, None) or BlockwiseFP8()
 
 
+def unused_section(job_config: JobConfig) -> str:
+    """What to warn of where a job sets the section and converts nothing; empty elsewhere."""
+    if NAME in job_config.model.converters or section_of(job_config) == BlockwiseFP8():
+        return ""
+    return (
+        f"[{NAME}] is set and model.converters = {job_config.model.converters} has no {NAME!r}: nothing is in blockwise fp8; add it there "
+        f"or with --model.converters={NAME}"
+    )
+
+
 def check_job(job_config: JobConfig, tensor_parallel_degree: int) -> None:
     """Refuse what blockwise fp8 cannot run beside.
 

@@ -36,7 +36,7 @@ from torchtitan.protocols import train_spec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import NoColor
 
-from .converter import NAME, section_of
+from .converter import NAME, section_of, unused_section
 from .environment import hardware, versions
 from .health_log import watch_health
 from .journal import Journal
@@ -254,6 +254,9 @@ def recording(build: Callable[..., MetricsProcessor] | None) -> Callable[..., Me
 
     @functools.wraps(build)
     def build_and_attach(job_config: JobConfig, parallel_dims: ParallelDims, *args: Any, **kwargs: Any):
+        # Here because it is called for every job, one without the converter too.
+        if torch.distributed.get_rank() == 0 and (warning := unused_section(job_config)):
+            logger.warning(warning)
         processor = build(job_config, parallel_dims, *args, **kwargs)
         if is_recorded(job_config):
             attach(processor, job_config, parallel_dims)

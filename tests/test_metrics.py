@@ -25,6 +25,7 @@ from torchtitan.protocols import train_spec
 from torchtitan.tools.utils import Color, NoColor
 
 from blockfp8_titan import metrics
+from blockfp8_titan.config import BlockwiseFP8
 from blockfp8_titan.journal import read
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -360,3 +361,18 @@ def test_console_lines_parse(
     assert all(50_000 < float(tps.replace(",", "")) < 100_500 for *_, tps in matches)
     # The project's own.
     assert [launch.parse_step(f"[rank0]:{ANSI.sub('', line)}").step for line in lines] == [9, 10, 11, 12]
+
+
+def test_a_section_without_the_converter_is_warned_of(job: JobConfig, caplog: pytest.LogCaptureFixture) -> None:
+    job.blockwise_fp8 = BlockwiseFP8(wgrad="bf16")
+    with caplog.at_level(logging.WARNING):
+        build(job)
+        assert not caplog.messages
+        job.model.converters = []
+        build(job)
+        (warning,) = caplog.messages
+        assert "[blockwise_fp8] is set and model.converters = [] has no 'blockwise_fp8'" in warning
+        caplog.clear()
+        job.blockwise_fp8 = BlockwiseFP8()
+        build(job)
+    assert not caplog.messages

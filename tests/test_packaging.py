@@ -57,6 +57,7 @@ def test_wheel_contents(wheel: Path) -> None:
     configs = {f"blockfp8_titan/{name}" for name in tracked("configs", "*.toml")}
     assert tracked("blockfp8_titan", "*.py") | configs | {"blockfp8_titan/py.typed"} <= names
     assert all(name.startswith(("blockfp8_titan/", "blockfp8_titan-")) for name in names)
+    assert any(name.endswith(".dist-info/licenses/blockfp8_titan/LICENSE") for name in names)
 
 
 def test_an_installed_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
