@@ -72,6 +72,12 @@ def skip_rule(fqn: str, reason: str = "") -> dict[str, str]:
     return rule | ({"reason": reason} if reason else {})
 
 
+def to_inline_toml(rule: Mapping[str, str | int]) -> str:
+    """As an array of one inline table, on one line."""
+    pairs = ", ".join(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in rule.items())
+    return f"[{{ {pairs} }}]"
+
+
 def to_toml(rule: Mapping[str, str | int], table: str = "rules") -> str:
     """As an entry of an array of tables."""
     # JSON's strings are TOML's, but for DEL, which no name has.

@@ -12,7 +12,7 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.tools.logging import logger
 
 from .health import Health, Observation, ObservationFailed, rehearsal
-from .health_limits import Crossing, Limits, skip_rule, to_toml
+from .health_limits import Crossing, Limits, skip_rule, to_inline_toml
 from .quantization_error import TensorHealth
 
 CURVES = "fp8_health"
@@ -39,6 +39,7 @@ class HealthLog:
         self.publish = publish
         self.limits = Limits()
         self._warned: set[tuple[str, ...]] = set()
+        self._failures: set[str] = set()
         self._untold: Health = {}
         self._observation: Observation | None = None
 
@@ -63,8 +64,11 @@ class HealthLog:
         try:
             health = observation.collect()
         except ObservationFailed as error:
-            if self.publish is not None:
-                logger.warning(f"fp8 health of step {step}: {error}; [blockwise_fp8] health_freq = 0 turns it off")
+            if self.publish is not None and str(error) not in self._failures:
+                self._failures.add(str(error))
+                logger.warning(
+                    f"fp8 health of step {step}: {error}; [blockwise_fp8] health_freq = 0 turns it off. The same at later steps is not told"
+                )
             return
         if self.publish is not None and health:
             self.publish(to_record(health), curves(health), step)
@@ -79,8 +83,10 @@ class HealthLog:
                 by_layer.setdefault(crossing.fqn, []).append(crossing)
         for fqn, crossings in list(by_layer.items())[:_WARNINGS]:
             reasons = "; ".join(crossing.text for crossing in crossings)
-            rule = to_toml(skip_rule(fqn), "blockwise_fp8.rules").replace("\n", "  ")
-            logger.warning(f"fp8 health at step {step}: {fqn}: {reasons}. This rule takes it out of fp8: {rule}")
+            rule = to_inline_toml(skip_rule(fqn))
+            logger.warning(
+                f"fp8 health at step {step}: {fqn}: {reasons}. To take it out of fp8, under [blockwise_fp8]: rules = {rule}"
+            )
         if more := list(by_layer)[_WARNINGS:]:
             logger.warning(
                 f"fp8 health at step {step}: {len(more)} more layers are beyond a limit: {', '.join(more)}; "

@@ -27,7 +27,7 @@ class Journal:
         Raises:
             OSError: the file cannot be written; a later append mends what was left of this one.
         """
-        self._append_lines(json.dumps(_plain(record), allow_nan=False, ensure_ascii=False) for record in records)
+        self._append_lines(json.dumps(plain(record), allow_nan=False, ensure_ascii=False) for record in records)
 
     def supersede_from(self, step: int) -> None:
         """Move records whose "step" is this one or later to NAME.superseded.jsonl, as they are.
@@ -96,12 +96,12 @@ def _cut_torn_line(file: int) -> None:
     os.ftruncate(file, end)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value in types that JSON has; a scalar tensor as its number, anything else unknown as its text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float):

@@ -244,8 +244,8 @@ def attach(processor: MetricsProcessor, job_config: JobConfig, parallel_dims: Pa
         watch_health(processor, freq, publish)
     if is_fp8:
         processor.gpu_peak_flops = math.nan
-        if not sys.stdout.isatty():
-            processor.color = NoColor()
+    if not sys.stdout.isatty():
+        processor.color = NoColor()
 
 
 def recording(build: Callable[..., MetricsProcessor] | None) -> Callable[..., MetricsProcessor]:
@@ -255,7 +255,7 @@ def recording(build: Callable[..., MetricsProcessor] | None) -> Callable[..., Me
     @functools.wraps(build)
     def build_and_attach(job_config: JobConfig, parallel_dims: ParallelDims, *args: Any, **kwargs: Any):
         # Here because it is called for every job, one without the converter too.
-        if torch.distributed.get_rank() == 0 and (warning := unused_section(job_config)):
+        if (warning := unused_section(job_config)) and torch.distributed.get_rank() == 0:
             logger.warning(warning)
         processor = build(job_config, parallel_dims, *args, **kwargs)
         if is_recorded(job_config):

@@ -1,7 +1,7 @@
 """Train one model from one seed and on the same data in bf16 and with fp8 converters, and compare the losses.
 
     python scripts/make_corpus.py outputs/data
-    python scripts/compare_loss.py debug --steps 200
+    python scripts/compare_loss.py debug --steps 200 --data outputs/data
     python scripts/compare_loss.py llama3_8b --layers 8 --steps 200 --data outputs/data --compile \\
         --converters bf16 blockwise_fp8 blockwise_fp8,blockwise_fp8.wgrad=fp8_block --set training.seq_len=4096
 
@@ -13,6 +13,7 @@ Runs plain `torchrun -m torchtitan.train` once for each converter, with the sett
 import argparse
 import dataclasses
 import json
+import math
 import os
 import queue
 import statistics
@@ -33,10 +34,13 @@ from runs import (
     PLOT_STYLE,
     Arm,
     add_arguments,
+    check_data,
     config_path,
     overrides_of,
     train_arm,
 )
+
+from blockfp8_titan.journal import plain
 
 TIMEOUT = 3600
 
@@ -44,10 +48,10 @@ TIMEOUT = 3600
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """One run. Over the last tenth of its steps: the mean loss, its relative gap to bf16's, the largest gap of a step, the mean norm
-    of the gradients.
+    of the gradients; NaN where a loss is.
 
-    tps is the median of tokens per second and process over the second half of the logged steps, memory the peak of a process in
-    GiB.
+    tps is the median of tokens per second and process over the logged steps but the first, which holds the compilation; memory the peak
+    of a process in GiB.
     """
 
     loss: float
@@ -63,15 +67,15 @@ def loss_curve(steps: Sequence[Step]) -> dict[int, float]:
 
 
 def summarise(steps: Sequence[Step], bf16: Sequence[Step]) -> Summary:
-    """Compare a run's steps with those of the bf16 run, which logged the same ones."""
+    """Compare a run's steps with those of the bf16 run, which made as many; gaps are of the steps that both logged."""
     last = last_tenth(steps)
-    assert [step.step for step in steps] == [step.step for step in bf16]
+    found = last_tenth(list(gaps(loss_curve(steps), loss_curve(bf16)).values()))
     return Summary(
         loss=statistics.fmean(step.loss for step in last),
         gap=mean_gap(loss_curve(steps), loss_curve(bf16)),
-        largest_step_gap=max(abs(gap) for gap in gaps(loss_curve(last), loss_curve(bf16)).values()),
+        largest_step_gap=max(abs(gap) for gap in found),
         grad_norm=statistics.fmean(step.grad_norm for step in last),
-        tps=statistics.median(step.tps for step in steps[len(steps) // 2 :]),
+        tps=statistics.median(step.tps for step in steps[1:] or steps),
         memory=max(step.memory for step in steps),
     )
 
@@ -144,17 +148,19 @@ def gpus_apart(at_once: int, nproc: int, gpus: int) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": ",".join(names[i * nproc : (i + 1) * nproc])} for i in range(at_once)]
 
 
-def run_all(arms: Sequence[Arm], run: Callable[[Arm], list[Step]], at_once: int) -> list[list[Step]]:
-    """The steps of all arms. What ends one, an interruption too, keeps those that have not begun from beginning."""
+def run_all(arms: Sequence[Arm], run: Callable[[Arm], object], at_once: int) -> None:
+    """Run all arms. What ends one, an interruption too, keeps those that have not begun from beginning."""
     if at_once == 1:
-        return [run(arm) for arm in arms]
+        for arm in arms:
+            run(arm)
+        return
     ended = threading.Event()
 
-    def run_unless_ended(arm: Arm) -> list[Step]:
+    def run_unless_ended(arm: Arm) -> None:
         if ended.is_set():
-            return []
+            return
         try:
-            return run(arm)
+            run(arm)
         except BaseException:
             ended.set()  # here, before this thread takes the next
             raise
@@ -163,9 +169,8 @@ def run_all(arms: Sequence[Arm], run: Callable[[Arm], list[Step]], at_once: int)
         futures = [pool.submit(run_unless_ended, arm) for arm in arms]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
+            for future in (*done, *futures):
                 future.result()
-            return [future.result() for future in futures]
         except BaseException:
             ended.set()
             raise
@@ -187,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="runs that go on at the same time, each on --nproc GPUs of its own; they slow each other, losses are the same "
         "(default: %(default)s)",
     )
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds a run may take (default: %(default)s)")
     parser.add_argument("--name", default="loss", help="of the files written (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results")
     parser.add_argument(
@@ -201,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         overrides = {arm.name: overrides_of(arm, args, Path(arm.folder)) for arm in arms}
         config_path(args.config)
+        check_data(args.data)
         environments = gpus_apart(args.at_once, args.nproc, torch.cuda.device_count())
     except ValueError as error:
         parser.error(str(error))
@@ -209,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for environment in environments:
         free.put(environment)
 
-    def run(arm: Arm) -> list[Step]:
+    def run(arm: Arm) -> None:
         environment = free.get()
         print(f"{arm.name}: {args.steps} steps on {args.nproc} process(es)", flush=True)
 
@@ -222,22 +229,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
 
         try:
-            return train_arm(
+            finished[arm.name] = train_arm(
                 arm,
                 args,
                 folder=args.runs / args.name / arm.folder,
                 cache=args.runs / "cache",
-                timeout=TIMEOUT,
+                timeout=args.timeout,
                 environment=environment,
                 on_step=show,
             )
         finally:
             free.put(environment)
 
+    finished: dict[str, list[Step]] = {}
+    failed = False
     try:
-        runs = dict(zip([arm.name for arm in arms], run_all(arms, run, args.at_once), strict=True))
+        run_all(arms, run, args.at_once)
     except TrainingFailed as failure:
         print(failure, file=sys.stderr)
+        failed = True
+    runs = {arm.name: finished[arm.name] for arm in arms if finished.get(arm.name)}
+    if BF16 not in runs:
         return 1
 
     summaries = {name: summarise(steps, runs[BF16]) for name, steps in runs.items()}
@@ -262,16 +274,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "grad_norm": {name: [[step.step, step.grad_norm] for step in steps] for name, steps in runs.items()},
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / f"{args.name}.json").write_text(json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
     plot(runs, args.threshold, f"{model}, {mode}, {args.nproc} process(es)", args.out / f"{args.name}.png")
     print(f"\n{overview(summaries)}\n")
     for name, is_right in close.items():
+        gap = summaries[name].gap
+        found = f"{gap:+.3%} from bf16" if math.isfinite(gap) else "not at a finite distance from bf16"
         print(
-            f"{'PASSED' if is_right else 'FAILED'}: {name} is {summaries[name].gap:+.3%} from bf16 over the last "
+            f"{'PASSED' if is_right else 'FAILED'}: {name} is {found} over the last "
             f"{len(last_tenth(runs[name]))} logged steps, {args.threshold:.2%} at most is right",
             file=sys.stdout if is_right else sys.stderr,
         )
-    return 0 if all(close.values()) else 1
+    return 0 if all(close.values()) and not failed else 1
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from runs import (
     CHECKPOINTING,
     Arm,
     add_arguments,
+    check_data,
     config_path,
     overrides_of,
     train_arm,
@@ -53,6 +54,8 @@ from throughput import (
     summarise,
 )
 from tqdm import tqdm
+
+from blockfp8_titan.journal import plain
 
 TIMEOUT = 900
 CODE = ("blockfp8_titan/**/*.py", "configs/rules/*.toml", "scripts/launch.py", "scripts/variants.py")
@@ -224,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = digest_of_code()
     try:
         keys = {arm: key_of(arm, args, code) for arm in arms}
+        check_data(args.data)
     except ValueError as error:
         parser.error(str(error))
 
@@ -253,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "scaling": scaling(runs, arms),
             "runs": [asdict(run) for run in runs],
         }
-        text = json.dumps(result, indent=1) + "\n"
+        text = json.dumps(plain(result), indent=1, allow_nan=False) + "\n"
         written = path.with_suffix(".part")
         written.write_text(text)
         written.replace(path)

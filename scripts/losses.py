@@ -1,5 +1,6 @@
 """How far the losses of a run are from those of another, bf16's, on the same data. What comparisons and reports share."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -18,8 +19,12 @@ def last_tenth(values: Sequence[T]) -> Sequence[T]:
 
 
 def gaps(losses: Curve, base: Curve) -> dict[int, float]:
-    """Relative distance from the base at each step that both have; NaN where a loss is."""
-    return {step: losses[step] / base[step] - 1 for step in losses if step in base}
+    """Relative distance from the base at each step that both have; NaN where a loss is, or the base is 0."""
+    return {step: _gap(losses[step], base[step]) for step in losses if step in base}
+
+
+def _gap(loss: float, base: float) -> float:
+    return loss / base - 1 if base else math.nan
 
 
 def mean_gap(losses: Curve, base: Curve) -> float | None:
@@ -27,7 +32,7 @@ def mean_gap(losses: Curve, base: Curve) -> float | None:
     common = last_tenth([step for step in losses if step in base])
     if not common:
         return None
-    return statistics.fmean(losses[step] for step in common) / statistics.fmean(base[step] for step in common) - 1
+    return _gap(*(statistics.fmean(curve[step] for step in common) for curve in (losses, base)))
 
 
 def smoothed(values: Sequence[float], window: int = 10) -> list[float]:

@@ -178,15 +178,13 @@ class Chart:
             for y in y_ticks
         ]
         for line in self.lines:
-            stride = max(1, math.ceil(len(line.points) / POINTS))
-            path, pen = [], "M"
-            for x, y in line.points[::stride]:
+            path, begins = [], True
+            for x, y in self._thinned(line.points):
                 if self._shows(y):
-                    path.append(f"{pen}{1000 * at_x(x):.1f} {1000 * at_y(y):.1f}")
-                    pen = "L"
-                else:
-                    pen = "M"
-            parts.append(f'<path d="{"".join(path)}" {line.stroke()} stroke-linejoin="round"/>')
+                    # h0: a point without neighbours is a dot.
+                    path.append(f"{'M' if begins else 'L'}{1000 * at_x(x):.1f} {1000 * at_y(y):.1f}{'h0' * begins}")
+                begins = not self._shows(y)
+            parts.append(f'<path d="{"".join(path)}" {line.stroke()} stroke-linejoin="round" stroke-linecap="round"/>')
         labels = [f'<i class="y" style="top:{at_y(y):.2%}">{escape(number(y))}{self.unit}</i>' for y in y_ticks]
         labels += [
             f'<i class="x{" minor" * ((len(x_ticks) - i) % 2 == 0)}" style="left:{at_x(x):.2%}">{x:,.0f}</i>'
@@ -201,6 +199,20 @@ class Chart:
             f'<div class="plot" style="height:{self.height}px"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" '
             f'role="img" aria-label="{escape(self.title)}">{"".join(parts)}</svg>{"".join(labels)}</div></figure>'
         )
+
+    def _thinned(self, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        """About POINTS of them at most: of neighbours the lowest, the highest, and one that is not shown."""
+        size = 2 * math.ceil(len(points) / POINTS)
+        if size <= 2:
+            return list(points)
+        kept = []
+        for i in range(0, len(points), size):
+            neighbours = points[i : i + size]
+            shown = [point for point in neighbours if self._shows(point[1])]
+            hidden = [point for point in neighbours if not self._shows(point[1])][:1]
+            ends = [choose(shown, key=lambda point: point[1]) for choose in (min, max)] if shown else []
+            kept += sorted({*ends, *hidden}, key=lambda point: point[0])
+        return kept
 
     def _shows(self, y: float) -> bool:
         return math.isfinite(y) and (y > 0 or not self.log)
@@ -245,6 +257,7 @@ class Bars:
 
 HEAT = ("#7f1d1d", "#c2410c", "#f59e0b", "#fcd34d", "#fef9c3", "#dcfce7", "#a7f3d0")
 """From bad to good."""
+WORST = "#111827"
 
 
 @dataclass(frozen=True)
@@ -253,10 +266,12 @@ class HeatMap:
 
     title: str
     rows: Sequence[tuple[str, Mapping[int, float]]]
-    """Name, and column -> value; a value that is not finite, or missing, leaves its cell grey."""
+    """Name, and column -> value: -inf is what is worse than all numbers; one that is NaN, +inf or missing leaves its cell grey."""
     limits: Sequence[float]
     """Ascending, one less than there are colours: the colour changes at each."""
     unit: str = ""
+    worst: str = ""
+    """What -inf is called."""
 
     def markdown(self) -> str:
         return ""
@@ -267,7 +282,7 @@ class HeatMap:
             return ""
         share = math.ceil(len(columns) / 120)
         bins = [columns[i : i + share] for i in range(0, len(columns), share)]
-        paths = dict.fromkeys(HEAT, "")
+        paths = dict.fromkeys((WORST, *HEAT), "")
         for i, (_, values) in enumerate(self.rows):
             j = 0
             for color, cells in itertools.groupby(self._color(values, merged) for merged in bins):
@@ -293,6 +308,8 @@ class HeatMap:
             f'<span><svg viewBox="0 0 26 8"><rect width="26" height="8" fill="{color}"/></svg>{escape(name)}{self.unit}</span>'
             for color, name in zip(HEAT, names, strict=True)
         )
+        if paths[WORST]:
+            keys += f'<span><svg viewBox="0 0 26 8"><rect width="26" height="8" fill="{WORST}"/></svg>{escape(self.worst)}</span>'
         return (
             f'<figure><figcaption>{escape(self.title)}</figcaption><div class="legend">{keys}</div><div class="plot heat" '
             f'style="height:{min(16 * len(self.rows), 960)}px"><svg viewBox="0 0 {len(bins)} {len(self.rows)}" '
@@ -302,8 +319,10 @@ class HeatMap:
 
     def _color(self, values: Mapping[int, float], columns: Sequence[int]) -> str:
         """Empty where there is nothing to show."""
-        finite = [values[column] for column in columns if math.isfinite(values.get(column, math.nan))]
-        return HEAT[bisect(self.limits, min(finite))] if finite else ""
+        found = [value for column in columns if (value := values.get(column, math.inf)) < math.inf]
+        if not found:
+            return ""
+        return HEAT[bisect(self.limits, min(found))] if min(found) > -math.inf else WORST
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

@@ -23,7 +23,7 @@ import torch
 from launch import ROOT, TrainingFailed, step_times
 from measure import table
 from provenance import provenance
-from runs import CHECKPOINTING, Arm, add_arguments, config_path, overrides_of, train_arm
+from runs import CHECKPOINTING, Arm, add_arguments, check_data, config_path, overrides_of, train_arm
 
 WARM_UP = 3  # steps in which torch.profiler runs and records nothing
 LONGEST = 25
@@ -133,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arms = [Arm(args.config, converter, settings, args.checkpointing) for converter, settings in args.converters]
     try:
         config_path(args.config)
+        check_data(args.data)
         overrides = {arm.name: overrides_of(arm, args, Path(arm.folder)) for arm in arms}
     except ValueError as error:
         parser.error(str(error))

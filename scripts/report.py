@@ -55,15 +55,29 @@ def overview(group: Group, threshold: float) -> list[Block]:
     )
     base = group.base
     rows = []
+    notes: list[Block] = []
     for subject in group.subjects:
         gap = mean_gap(subject.loss, base.loss) if base else None
         verdict = NONE
+        if base and gap is not None and max(subject.loss) != max(base.loss):
+            # The last steps that both have are not where this run ended.
+            gap = None
+            notes.append(
+                Text(
+                    f"{subject.name} is logged to step {max(subject.loss):,} and {base.name} to {max(base.loss):,}: their ends are not "
+                    "compared."
+                )
+            )
         if gap is not None and subject is not base:
             verdict = "✓ yes" if is_close(gap, threshold) else "✗ no"
         last = last_tenth(list(subject.loss.values()))
         norms = last_tenth(list(subject.grad_norm.values()))
         tps = subject.speed.tps if subject.speed else None
-        base_tps = base.speed.tps if base and base.speed else None
+        speed_ratio, memory_ratio = subject.speed_ratio, subject.memory_ratio
+        if speed_ratio is None and tps and base and base.speed:
+            speed_ratio = tps / base.speed.tps
+        if memory_ratio is None and subject.memory and base and base.memory:
+            memory_ratio = subject.memory / base.memory
         rows.append(
             (
                 subject.name,
@@ -73,14 +87,14 @@ def overview(group: Group, threshold: float) -> list[Block]:
                 verdict,
                 shown(statistics.fmean(norms) if norms else None, ".4f"),
                 shown(tps, ",.0f"),
-                shown(tps / base_tps if tps and base_tps else None, ".3f"),
+                shown(speed_ratio, ".3f"),
                 gibibytes(subject.memory),
-                shown(subject.memory / base.memory if base and base.memory and subject.memory else None, ".3f"),
+                shown(memory_ratio, ".3f"),
             )
         )
     kept = [i for i in range(len(header)) if i == 0 or any(row[i] != NONE for row in rows)]
     table = Table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
-    notes = [Text(f"{subject.name}: {subject.remark}") for subject in group.subjects if subject.remark]
+    notes += [Text(f"{subject.name}: {subject.remark}") for subject in group.subjects if subject.remark]
     if base is None and len(group.subjects) > 1:
         notes.append(Text("There is no bf16 run among them: no gap, no ratios."))
     return [table, *notes]
@@ -184,7 +198,9 @@ def described_environment(subject: Subject) -> dict[str, str]:
         described |= {"GPUs": names, "driver": hardware.get("driver"), "power limit": hardware.get("power_limit")}
     else:
         described |= {"processor": hardware.get("processor"), "CPUs": hardware.get("cpus")}
-    described |= {"platform": hardware.get("platform"), **subject.versions}
+    if (at_once := hardware.get("runs at once")) and at_once > 1:
+        described["runs at once, which slow each other"] = at_once
+    described |= {"platform": hardware.get("platform"), **subject.versions, **subject.measured}
     return {key: str(value) for key, value in described.items() if value is not None}
 
 
@@ -216,10 +232,13 @@ def health(subjects: Sequence[Subject]) -> list[Block]:
                 found[role].setdefault(fqn, {})[step] = tensor
         for role, layers in found.items():
             rows = [
-                (fqn, {step: tensor.sqnr_db for step, tensor in by_step.items()}) for fqn, by_step in layers.items()
+                (fqn, {step: -math.inf if tensor.nonfinite else tensor.sqnr_db for step, tensor in by_step.items()})
+                for fqn, by_step in layers.items()
             ]
             if rows:
-                blocks.append(HeatMap(f"SQNR of {ROLES[role]}, by layer and step", rows, SQNR_LIMITS, " dB"))
+                blocks.append(
+                    HeatMap(f"SQNR of {ROLES[role]}, by layer and step", rows, SQNR_LIMITS, " dB", "NaN or Inf")
+                )
         blocks += worst_health(found)
     return [Heading(2, "fp8 health"), *blocks] if blocks else []
 

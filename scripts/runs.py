@@ -164,6 +164,15 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int, data: Path = R
     )
 
 
+def check_data(data: Path) -> None:
+    """Raises ValueError, with the way out, unless `make_corpus.py` has made this folder."""
+    folder = ROOT / data
+    if not ((folder / "corpus").is_dir() and (folder / "tokenizer").is_dir()):
+        raise ValueError(
+            f"--data {data}: has no corpus and tokenizer; make them, in the repository's root: python scripts/make_corpus.py {data}"
+        )
+
+
 def overrides_of(arm: Arm, args: argparse.Namespace, folder: Path) -> list[str]:
     """The command line of a run after the config file.
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,9 @@ class Subject:
     speed: Speed | None = None
     memory: float | None = None
     """GiB, peak of a process."""
+    speed_ratio: float | None = None
+    """To the base, where the comparison says it: round by round. Else it is that of the medians."""
+    memory_ratio: float | None = None
     config: dict[str, str] = field(default_factory=dict)
     """Settings by dotted name: all of a run folder's, the command line's of a comparison."""
     versions: Mapping[str, str | None] = field(default_factory=dict)
@@ -49,6 +53,8 @@ class Subject:
     conversion: ConversionReport | None = None
     health: Mapping[int, Health] = field(default_factory=dict)
     """By step."""
+    measured: Mapping[str, str | None] = field(default_factory=dict)
+    """Date and commit of a comparison."""
     remark: str = ""
 
 
@@ -144,13 +150,14 @@ def _of_losses(path: Path, result: Mapping[str, Any]) -> Group:
             name=name,
             converter=name.split()[0],
             is_base=name == BF16,
-            loss={step: loss for step, loss in result["loss"][name]},
-            grad_norm={step: norm for step, norm in result.get("grad_norm", {}).get(name, [])},
+            loss=_points(result["loss"][name]),
+            grad_norm=_points(result.get("grad_norm", {}).get(name, [])),
             speed=Speed(summary["tps"]),
             memory=summary["memory"],
             config=from_overrides(result["overrides"][name]),
             versions=result["versions"],
-            hardware={**result["hardware"], "processes": result["nproc"]},
+            hardware={**result["hardware"], "processes": result["nproc"], "runs at once": result.get("at_once")},
+            measured=_measured(result),
         )
         for name, summary in result["summary"].items()
     ]
@@ -169,15 +176,35 @@ def _of_throughput(path: Path, result: Mapping[str, Any]) -> list[Group]:
                 config=from_overrides(result["overrides"][f"{title}/{row['arm']}"]),
                 versions=result["versions"],
                 hardware={**result["hardware"], "processes": row["nproc"]},
+                measured=_measured(result),
                 remark=f"failed: {row['failure']}" if row["failure"] else "",
             )
             if row["rounds"]:
-                reach = row["tps"] * row["tps_spread"] / 2
-                subject.speed = Speed(row["tps"], row["tps"] - reach, row["tps"] + reach)
+                subject.speed = Speed(row["tps"], *_deciles(_tps_of_rounds(result, title, row["arm"])))
                 subject.memory = row["memory"]
+                subject.speed_ratio, subject.memory_ratio = row.get("tps_ratio"), row.get("memory_ratio")
             subjects.append(subject)
         groups.append(Group(f"{title} ({path.stem})", subjects))
     return groups
+
+
+def _points(pairs: Sequence[tuple[int, float | None]]) -> dict[int, float]:
+    """Step -> value; null stands for what JSON cannot say."""
+    return {step: math.nan if value is None else value for step, value in pairs}
+
+
+def _measured(result: Mapping[str, Any]) -> dict[str, str | None]:
+    return {name: result.get(name) for name in ("date", "commit")}
+
+
+def _tps_of_rounds(result: Mapping[str, Any], group: str, arm: str) -> list[float]:
+    """Of the logged intervals after the first steps, of all rounds; empty in results from before they were recorded."""
+    tps = []
+    for run in result.get("runs", []):
+        if (run["group"], run["arm"]) == (group, arm) and run["speed"]:
+            steps = run["speed"].get("steps", [])
+            tps += [value for (before, _), (_, value) in itertools.pairwise(steps) if before >= result["skip"]]
+    return tps
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -202,7 +229,7 @@ def from_overrides(overrides: Sequence[str]) -> dict[str, str]:
 
 def _curve(records: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
     """Step -> value; NaN where a record has null, which stands for what JSON cannot say."""
-    return {r["step"]: float("nan") if r[key] is None else r[key] for r in records if key in r}
+    return {r["step"]: math.nan if r[key] is None else r[key] for r in records if key in r}
 
 
 def _speed_of(records: Sequence[Mapping[str, Any]]) -> Speed | None:
@@ -212,10 +239,15 @@ def _speed_of(records: Sequence[Mapping[str, Any]]) -> Speed | None:
         for before, record in itertools.pairwise(records)
         if record.get("tps") and record.get("run") == before.get("run")
     ]
-    if len(tps) < 2:
-        return Speed(tps[0]) if tps else None
-    deciles = statistics.quantiles(tps, n=10, method="inclusive")
-    return Speed(statistics.median(tps), deciles[0], deciles[-1])
+    return Speed(statistics.median(tps), *_deciles(tps)) if tps else None
+
+
+def _deciles(values: Sequence[float]) -> tuple[float, float] | tuple[()]:
+    """The 10th and 90th percentiles; none of less than two."""
+    if len(values) < 2:
+        return ()
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return deciles[0], deciles[-1]
 
 
 def _converter_of(config: Mapping[str, Any]) -> str:

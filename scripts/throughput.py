@@ -1,6 +1,7 @@
 """What runs under compare_throughput.py showed: speed and memory of each, ratios to bf16 over rounds, how speed scales; tables, plot."""
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,8 @@ class Run:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "Run":
         speed = record["speed"]
+        if speed and speed["loss"] is None:  # NaN, which JSON cannot say
+            speed = speed | {"loss": math.nan}
         return cls(**record | {"speed": Speed(**speed) if speed else None})
 
 

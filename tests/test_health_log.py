@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tomli
 import torch
 import torch.nn as nn
 from torch.torch_version import TorchVersion
@@ -111,7 +112,9 @@ def test_a_layer_beyond_a_limit_is_warned_of_once_with_its_rule(processor, caplo
     warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1 and "fp8 health at step 4: layers.0.w1: " in warnings[0]
     assert re.search(r"SQNR of dy -?\d+\.\d dB, below 26", warnings[0])
-    assert '[[blockwise_fp8.rules]]  match = "layers.0.w1"  action = "skip"' in warnings[0]
+    assert warnings[0].endswith('under [blockwise_fp8]: rules = [{ match = "layers.0.w1", action = "skip" }]')
+    (rule,) = tomli.loads(warnings[0].partition("under [blockwise_fp8]: ")[2])["rules"]
+    assert rule == {"match": "layers.0.w1", "action": "skip"}
 
 
 def test_a_step_that_could_not_be_measured_is_told_of(processor, tmp_path: Path, caplog, monkeypatch) -> None:
@@ -120,14 +123,14 @@ def test_a_step_that_could_not_be_measured_is_told_of(processor, tmp_path: Path,
 
     with monkeypatch.context() as patched:
         patched.setattr("blockfp8_titan.health.tallies_of", fail)
-        train_steps(processor, range(1, 5))
-    train_steps(processor, range(5, 9))
+        train_steps(processor, range(1, 9))  # observes two
+    train_steps(processor, range(9, 13))
     (warning,) = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert (
         "fp8 health of step 4: not measured, because of rank 0: OutOfMemoryError" in warning
         and "health_freq = 0" in warning
     )
-    assert [record["step"] for record in read(tmp_path / "health.jsonl")] == [8]
+    assert [record["step"] for record in read(tmp_path / "health.jsonl")] == [12]
 
 
 def test_curves_and_records() -> None:

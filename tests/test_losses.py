@@ -13,12 +13,20 @@ from launch import Step, TrainingFailed
 from runs import Arm
 
 
+@pytest.fixture(autouse=True)
+def data(request, monkeypatch):
+    """There is a corpus, for all that the trainer's stand-in needs."""
+    if "missing_data" not in request.node.name:
+        monkeypatch.setattr(compare_loss, "check_data", lambda data: None)
+
+
 def test_gaps_are_those_of_common_steps() -> None:
     base = {step: 2.0 for step in range(1, 101)}
     run = {step: 2.0 if step <= 180 else 2.2 for step in range(2, 201, 2)}
     assert list(losses.gaps(run, base)) == list(range(2, 101, 2)) and losses.mean_gap(run, base) == 0
     late = {step: 2.0 if step <= 90 else 2.2 for step in range(1, 101)}
     assert losses.mean_gap(late, base) == pytest.approx(0.1)
+    assert math.isnan(losses.gaps({1: 2.0}, {1: 0.0})[1]) and math.isnan(losses.mean_gap({1: 2.0}, {1: 0.0}))
     assert losses.mean_gap({}, base) is None and not losses.is_close(None) and not losses.is_close(math.nan)
     assert losses.is_close(-0.0025) and not losses.is_close(0.00251)
     assert losses.smoothed([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
@@ -67,14 +75,59 @@ def test_runs_at_once_have_gpus_of_their_own(monkeypatch):
 def test_after_a_failed_run_no_other_begins(at_once: int) -> None:
     begun: list[str] = []
 
-    def run(arm: Arm) -> list[Step]:
+    def run(arm: Arm) -> None:
         begun.append(arm.converter)
         if arm.converter == "fails":
             raise TrainingFailed("fails")
         time.sleep(1)
-        return []
 
     with pytest.raises(TrainingFailed):
         compare_loss.run_all([Arm("debug", name) for name in ("first", "fails", "next", "last")], run, at_once)
     assert begun == ["first", "fails"]
-    assert compare_loss.run_all([Arm("debug", name) for name in "ab"], run, at_once) == [[], []]
+    compare_loss.run_all([Arm("debug", name) for name in "ab"], run, at_once)
+    assert sorted(begun[2:]) == ["a", "b"]
+
+
+COMMAND = ["debug", "--steps", "20", "--converters", "bf16", "blockwise_fp8", "float8_tensorwise"]
+
+
+def test_a_failed_run_leaves_the_results_of_those_before(tmp_path, monkeypatch, capsys):
+    def train_arm(arm: Arm, args: Any, **options: Any) -> list[Step]:
+        if arm.converter == "float8_tensorwise":
+            raise TrainingFailed("out of memory")
+        return [Step(n, 5.0, 0.5, 10.0, 100.0) for n in range(1, args.steps + 1)]
+
+    monkeypatch.setattr(compare_loss, "train_arm", train_arm)
+    assert compare_loss.main([*COMMAND, "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]) == 1
+    result = json.loads((tmp_path / "loss.json").read_text())
+    assert list(result["summary"]) == ["bf16", "blockwise_fp8"] and result["within_threshold"] == {
+        "blockwise_fp8": True
+    }
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_runs_that_log_other_steps_and_losses_that_are_no_numbers(tmp_path, monkeypatch, capsys):
+    def train_arm(arm: Arm, args: Any, **options: Any) -> list[Step]:
+        every = {"bf16": 1, "blockwise_fp8": 5}.get(arm.converter, 1)
+        loss = math.nan if arm.converter == "float8_tensorwise" else 5.0
+        tps = [10.0, *[100.0] * (args.steps - 1)]
+        return [Step(n, loss, 0.5, 10.0, tps[n - 1]) for n in range(1, args.steps + 1) if n == 1 or n % every == 0]
+
+    monkeypatch.setattr(compare_loss, "train_arm", train_arm)
+    assert compare_loss.main([*COMMAND, "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]) == 1
+    text = (tmp_path / "loss.json").read_text()
+    assert "NaN" not in text
+    result = json.loads(text)
+    assert result["within_threshold"] == {"blockwise_fp8": True, "float8_tensorwise": False}
+    assert result["summary"]["blockwise_fp8"]["tps"] == 100.0 and result["gap"]["blockwise_fp8"][-1] == [20, 0.0]
+    assert result["summary"]["float8_tensorwise"]["gap"] is None
+    assert "float8_tensorwise is not at a finite distance from bf16" in capsys.readouterr().err
+
+
+def test_missing_data_is_found_at_once(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare_loss.main(["debug", "--data", str(tmp_path / "none")])
+    assert (
+        f"has no corpus and tokenizer; make them, in the repository's root: python scripts/make_corpus.py {tmp_path}"
+        in (capsys.readouterr().err)
+    )

@@ -14,6 +14,8 @@ import report
 import subjects
 import torch.nn as nn
 from launch import ROOT
+from runs import BF16
+from subjects import Group, Subject
 
 from blockfp8_titan import Rule, convert_model
 from blockfp8_titan.journal import Journal
@@ -244,6 +246,35 @@ def test_a_failed_arm_is_told(tmp_path: Path) -> None:
     assert f"{ours['arm']}: failed: OutOfMemoryError" in make(tmp_path, tmp_path / "r.json")[1]
 
 
+def test_runs_of_other_lengths_get_no_verdict() -> None:
+    base = Subject("bf16", BF16, True, loss={step: 8.0 for step in range(1, 101)})
+    long = Subject("fp8", "blockwise_fp8", False, loss={step: 8.0 if step <= 100 else 99.0 for step in range(1, 1001)})
+    table, note = report.overview(Group("g", [base, long]), 0.0025)
+    assert not any("✓" in cell or "%" in cell for cell in table.rows[1])
+    assert note.text == "fp8 is logged to step 1,000 and bf16 to 100: their ends are not compared."
+
+
+@pytest.mark.parametrize("name", ["e2e_8b", "e2e_8b_choices", "e2e_8b_8l_hooks"])
+def test_ratios_and_percentiles_are_those_of_the_result(name: str) -> None:
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    groups = subjects.groups_of([RESULTS / f"{name}.json"])
+    cells = {row[0]: row for group in groups for row in report.overview(group, 0.0025)[0].rows}
+    found = {subject.name: subject for group in groups for subject in group.subjects}
+    for row in result["summary"]:
+        assert f"{row['tps_ratio']:.3f}" in cells[row["arm"]]
+        tps = [
+            value
+            for run in result["runs"]
+            if run["arm"] == row["arm"] and run["speed"]
+            for step, value in run["speed"].get("steps", [])
+            if step > result["skip"]
+        ]
+        speed = found[row["arm"]].speed
+        assert (speed.low is None) == (len(tps) < 2)
+        if speed.low is not None:
+            assert min(tps) <= speed.low <= speed.tps <= speed.high <= max(tps)
+
+
 # Pieces
 
 
@@ -251,7 +282,7 @@ def test_lines_are_drawn_where_their_points_are() -> None:
     line = page.Line("a", [(0, 1.0), (1, 2.0), (2, math.nan), (3, 4.0), (4, 3.0)], "#000")
     html = page.Chart("t", [line], band=(2.0, 3.0), unit="%").html()
     path = re.search(r'<path d="(M[^"]+L[^"]+)"', html)[1]
-    points = [tuple(map(float, pair.split())) for pair in re.split("[ML]", path)[1:]]
+    points = [tuple(map(float, pair.split())) for pair in re.split("[ML]", path.replace("h0", ""))[1:]]
     assert path.count("M") == 2 and [x for x, _ in points] == [0, 250, 750, 1000]
     # y from 1 to 4 with a margin of 4 %.
     assert [y for _, y in points] == pytest.approx([1000 * (4.12 - y) / 3.24 for y in (1, 2, 4, 3)], abs=0.06)
@@ -264,6 +295,19 @@ def test_lines_are_drawn_where_their_points_are() -> None:
 def test_long_lines_are_thinned() -> None:
     line = page.Line("a", [(i, float(i % 7)) for i in range(50_000)], "#000")
     assert 900 < page.Chart("t", [line]).html().count("L") <= 1000
+
+
+def test_a_thinned_line_keeps_its_spikes_gaps_and_ends() -> None:
+    values = {2503: 9.0, 3001: -9.0, 4111: math.nan}
+    points = [(i, values.get(i, 0.5)) for i in range(1, 5001)]
+    kept = page.Chart("t", [])._thinned(points)
+    assert len(kept) < 1100 and {2503, 3001, 4111} <= {x for x, _ in kept} and kept == sorted(kept)
+    assert kept[0][0] < 20 and kept[-1][0] > 4980
+
+
+def test_a_point_alone_is_a_dot() -> None:
+    line = page.Line("a", [(1, math.nan), (2, 3.0), (3, math.nan), (4, 1.0), (5, 2.0)], "#000")
+    assert re.search(r'd="M250\.0 [\d.]+h0M', page.Chart("t", [line]).html())
 
 
 def test_flat_and_single_lines_have_ticks() -> None:
@@ -287,6 +331,14 @@ def test_a_heat_map_has_a_cell_for_each_row_and_column() -> None:
     # What is missing or not finite stays grey.
     assert cells == {page.HEAT[0]: "M0 0.5h2", page.HEAT[-1]: "M2 0.5h1", page.HEAT[4]: "M1 1.5h1"}
     assert page.HeatMap("t", [], (20, 24, 26, 28, 30, 31)).html() == ""
+
+
+def test_what_is_not_finite_is_black_and_hides_behind_nothing() -> None:
+    values = {step: 35.0 for step in range(1000)} | {500: -math.inf}
+    html = page.HeatMap("t", [("a", values)], (20, 24, 26, 28, 30, 31), worst="NaN or Inf").html()
+    assert f'<path d="M55 0.5h1" stroke="{page.WORST}"' in html and "NaN or Inf</span>" in html
+    values[500] = 35.0
+    assert "NaN or Inf" not in page.HeatMap("t", [("a", values)], (20, 24, 26, 28, 30, 31), worst="NaN or Inf").html()
 
 
 def test_many_columns_share_cells_that_show_the_lowest() -> None:
