@@ -178,13 +178,21 @@ class Chart:
             for y in y_ticks
         ]
         for line in self.lines:
-            path, begins = [], True
-            for x, y in self._thinned(line.points):
-                if self._shows(y):
-                    # h0: a point without neighbours is a dot.
-                    path.append(f"{'M' if begins else 'L'}{1000 * at_x(x):.1f} {1000 * at_y(y):.1f}{'h0' * begins}")
-                begins = not self._shows(y)
-            parts.append(f'<path d="{"".join(path)}" {line.stroke()} stroke-linejoin="round" stroke-linecap="round"/>')
+            path, dots = "", ""
+            for is_shown, points in itertools.groupby(
+                self._thinned(line.points), key=lambda point: self._shows(point[1])
+            ):
+                if is_shown:
+                    places = [f"{1000 * at_x(x):.1f} {1000 * at_y(y):.1f}" for x, y in points]
+                    if len(places) > 1:
+                        path += "M" + "L".join(places)
+                    else:
+                        dots += f"M{places[0]}h0"
+            parts.append(f'<path d="{path}" {line.stroke()} stroke-linejoin="round"/>')
+            if dots:
+                parts.append(
+                    f'<path d="{dots}" stroke="{line.color}" stroke-width="6" stroke-linecap="round" vector-effect="non-scaling-stroke"/>'
+                )
         labels = [f'<i class="y" style="top:{at_y(y):.2%}">{escape(number(y))}{self.unit}</i>' for y in y_ticks]
         labels += [
             f'<i class="x{" minor" * ((len(x_ticks) - i) % 2 == 0)}" style="left:{at_x(x):.2%}">{x:,.0f}</i>'

@@ -39,6 +39,13 @@ LOG = """[rank0]:[titan] 2026-01-01 00:00:10,000 - root - INFO - Training starts
 """
 
 
+@pytest.fixture(autouse=True)
+def data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a corpus, for all that the trainer's stand-ins need."""
+    for script in (compare, compare_loss, profile_step):
+        monkeypatch.setattr(script, "check_data", lambda data: None)
+
+
 def steps(tps: list[float], loss: float = 5.0, memory: float = 10.0, every: int = 1) -> list[Step]:
     """Step 1, then each `every`-th."""
     numbers = [1, *range(every, every * len(tps), every)] if every > 1 else range(1, len(tps) + 1)

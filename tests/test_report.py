@@ -282,7 +282,7 @@ def test_lines_are_drawn_where_their_points_are() -> None:
     line = page.Line("a", [(0, 1.0), (1, 2.0), (2, math.nan), (3, 4.0), (4, 3.0)], "#000")
     html = page.Chart("t", [line], band=(2.0, 3.0), unit="%").html()
     path = re.search(r'<path d="(M[^"]+L[^"]+)"', html)[1]
-    points = [tuple(map(float, pair.split())) for pair in re.split("[ML]", path.replace("h0", ""))[1:]]
+    points = [tuple(map(float, pair.split())) for pair in re.split("[ML]", path)[1:]]
     assert path.count("M") == 2 and [x for x, _ in points] == [0, 250, 750, 1000]
     # y from 1 to 4 with a margin of 4 %.
     assert [y for _, y in points] == pytest.approx([1000 * (4.12 - y) / 3.24 for y in (1, 2, 4, 3)], abs=0.06)
@@ -307,7 +307,9 @@ def test_a_thinned_line_keeps_its_spikes_gaps_and_ends() -> None:
 
 def test_a_point_alone_is_a_dot() -> None:
     line = page.Line("a", [(1, math.nan), (2, 3.0), (3, math.nan), (4, 1.0), (5, 2.0)], "#000")
-    assert re.search(r'd="M250\.0 [\d.]+h0M', page.Chart("t", [line]).html())
+    html = page.Chart("t", [line]).html()
+    assert re.search(r'<path d="M250\.0 [\d.]+h0" stroke="#000" stroke-width="6" stroke-linecap="round"', html)
+    assert re.search(r'<path d="M750\.0 [\d.]+L1000\.0 [\d.]+" fill="none"', html)
 
 
 def test_flat_and_single_lines_have_ticks() -> None:
