@@ -118,7 +118,7 @@ def _plan_norm(
         n: linear for n in CONSUMERS[_class_name(consumer)] if (linear := getattr(consumer, n, None)) is not None
     }
     fqns = tuple(_join(block_fqn, into, n) for n in linears)
-    reason = _norm_obstacle(norm) or _alteration_of(consumer, into)
+    reason = _norm_obstacle(norm) or _forward_obstacle(block, "its block") or _alteration_of(consumer, into)
     if not reason and names[norm] > 1:
         reason = "the model holds it under two names"
     if not reason:
@@ -137,7 +137,15 @@ def _norm_obstacle(norm: nn.Module | None) -> str:
 
 
 def _alteration_of(module: nn.Module, name: str) -> str:
-    return f"{name} has {altered}" if (altered := alteration(module)) else ""
+    return f"{name} has {altered}" if (altered := alteration(module)) else _forward_obstacle(module, name)
+
+
+def _forward_obstacle(module: nn.Module, name: str) -> str:
+    """A forward that stands before its class's, or that somebody has put into the class from elsewhere."""
+    owner = next(base for base in type(module).__mro__ if "forward" in vars(base))
+    written_in = getattr(vars(owner)["forward"], "__globals__", {}).get("__name__")
+    unaltered = written_in == owner.__module__ and "forward" not in vars(module)
+    return "" if unaltered else f"{name} has a forward of its own"
 
 
 def _linears_obstacle(norm: nn.RMSNorm, linears: Mapping[str, nn.Module], recipes: list[Recipe | None]) -> str:

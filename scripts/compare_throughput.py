@@ -150,9 +150,23 @@ def run_once(arm: Arm, number: int, key: str, here: str, args: argparse.Namespac
 
 
 def reason_of(error: TrainingFailed) -> str:
-    """The last line of the log's tail that names an exception, else the failure's last line."""
+    """That it took too long; else the last line of the log's tail that names an exception, else the failure's last line."""
+    if late := re.search(r"^ran past \d+ s", str(error), re.MULTILINE):
+        return late[0]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in reversed(lines) if "Error" in line and "ChildFailed" not in line), lines[-1])[:300]
+
+
+def read_runs(path: Path) -> list[Run]:
+    """The runs of an earlier result; none where there is no file. Raises ValueError where it is something else."""
+    if not path.exists():
+        return []
+    try:
+        return [Run.from_json(record) for record in json.loads(path.read_text())["runs"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no result of this script ({error!r}): name another by --name, or remove it"
+        ) from error
 
 
 def describe(run: Run) -> str:
@@ -208,8 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--runs", type=Path, default=ROOT / "outputs" / "compare_throughput", help="folder for the runs' own files"
     )
     args = parser.parse_args(arguments)
-    if args.steps <= args.skip:
-        parser.error(f"--steps {args.steps}: must be more than --skip {args.skip}, or nothing is left to measure")
+    for name, value, least in (("rounds", args.rounds, 1), ("skip", args.skip, 0)):
+        if value < least:
+            parser.error(f"--{name} {value}: must be {least} or more")
     arms = [
         Arm(config, converter, settings, checkpointing, variant, nproc)
         for config in args.configs
@@ -228,16 +243,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         keys = {arm: key_of(arm, args, code) for arm in arms}
         check_data(args.data)
+        path = args.out / f"{args.name}.json"
+        before = read_runs(path)
     except ValueError as error:
         parser.error(str(error))
 
+    logged = sorted({1, *range(args.log_freq, args.steps + 1, args.log_freq)})
+    if len(logged) < 2 or logged[-2] < args.skip:
+        parser.error(
+            f"--steps {args.steps}: with --log-freq {args.log_freq} the logged ones are {', '.join(map(str, logged))}; of their "
+            f"intervals none begins after the first --skip {args.skip}, so that nothing is left to measure"
+        )
+
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.name}.json"
     here = machine()
-    before = [Run.from_json(record) for record in json.loads(path.read_text())["runs"]] if path.exists() else []
-    runs = [run for run in reusable(before, list(keys.values()), here) if run.round <= args.rounds]
+    runs = reusable(before, list(keys.values()), here)
     if before:
-        print(f"{path}: {len(runs)} runs are done, {len(before) - len(runs)} fit this command no more and are dropped")
+        print(f"{path}: {len(runs)} runs are done")
+    if dropped := sum(run.speed is not None and run not in runs for run in before):
+        aside = path.with_suffix(".previous.json")
+        path.replace(aside)
+        print(f"{dropped} others there fit this command no more; all are kept in {aside}")
     result: dict[str, Any] = {}
 
     def write() -> None:

@@ -357,7 +357,9 @@ def test_runs_begin_only_if_they_would_end_in_time(monkeypatch: pytest.MonkeyPat
 def test_the_reason_of_a_failure_is_the_exception() -> None:
     text = "torchrun\nended; the end of log:\n  File x\n[rank0]: torch.OutOfMemoryError: CUDA out of memory.\nChildFailedError\nend\n"
     assert compare.reason_of(TrainingFailed(text)) == "[rank0]: torch.OutOfMemoryError: CUDA out of memory."
-    assert compare.reason_of(TrainingFailed("a\nran past 9 s\n")) == "ran past 9 s"
+    late = "torchrun\nran past 9 s; the end of log:\nSignalException: Process 7 got signal: 15\n"
+    assert compare.reason_of(TrainingFailed(late)) == "ran past 9 s"
+    assert compare.reason_of(TrainingFailed("a\nb\n")) == "b"
 
 
 # The scripts, with a trainer that only writes
@@ -421,7 +423,8 @@ def test_runs_take_turns_and_a_second_call_goes_on(
     # Other settings are other runs.
     assert compare.main([*command, "--rounds", "1", "--set", "training.seq_len=64"]) == 0
     assert len(trained) == 9
-    assert "0 runs are done, 6 fit this command no more" in capsys.readouterr().out
+    assert "0 runs are done\n6 others there fit this command no more; all are kept in" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "t.previous.json").read_text())["runs"]) == 6
 
 
 def test_what_was_measured_before_an_interruption_is_reported(
@@ -473,13 +476,26 @@ def test_cold_runs_share_no_cache(monkeypatch: pytest.MonkeyPatch, trained: list
 def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture) -> None:
     for arguments, words in [
         (["debug", "--converters", "blockwise_fp8"], "bf16 must be among them"),
-        (["debug", "--steps", "5"], "must be more than --skip 5"),
+        (["debug", "--steps", "5"], "the logged ones are 1, 2, 3, 4, 5; of their intervals none begins after"),
+        (["debug", "--steps", "14", "--log-freq", "10"], "the logged ones are 1, 10; of their"),
+        (["debug", "--log-freq", "0"], "--log-freq 0: must be 1 or more"),
+        (["debug", "--rounds", "0"], "--rounds 0: must be 1 or more"),
+        (["debug", "--skip", "-1"], "--skip -1: must be 0 or more"),
         (["debug", "debug"], "the same run twice"),
         (["debug", "--layers", "6"], "must be 1 to 5"),
     ]:
         with pytest.raises(SystemExit):
             compare.main(arguments)
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"runs": [{}]}', '{"runs": 1}'])
+def test_a_file_that_is_no_result_is_left_alone(text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "throughput.json"
+    file.write_text(text)
+    with pytest.raises(SystemExit):
+        compare.main(["debug", "--out", str(tmp_path)])
+    assert f"{file} is no result of this script" in capsys.readouterr().err and file.read_text() == text
 
 
 def test_losses_are_compared(trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """blockfp8_titan.fusion: which modules quantise what they compute, which do not and why."""
 
+import functools
 import json
 
 import pytest
@@ -155,6 +156,8 @@ def unusual(model, what):
         block.feed_forward.w1 = nn.Linear(256, 768)
     elif what == "own forward":
         block.feed_forward.forward = block.feed_forward.forward
+    elif what == "own block":
+        block.forward = block.forward
     else:
         assert what == "own attention", what
         block.attention = type("Attention", (type(block.attention),), {})(model.model_args)
@@ -188,6 +191,10 @@ def unusual(model, what):
             },
         ),
         ("own attention", {"layers.0.attention_norm": "attention is an unknown Attention"}),
+        (
+            "own block",
+            dict.fromkeys(("layers.0.attention_norm", "layers.0.ffn_norm"), "its block has a forward of its own"),
+        ),
     ],
 )
 def test_what_is_unusual_is_left_alone(what, unfused):
@@ -196,6 +203,32 @@ def test_what_is_unusual_is_left_alone(what, unfused):
     report = convert_model(model)
     assert reasons(report) == unfused
     assert not any(isinstance(model.get_submodule(fqn), (QuantizingRMSNorm, GatedFeedForward)) for fqn in unfused)
+
+
+@pytest.mark.parametrize(
+    "member, unfused",
+    [
+        (
+            "feed_forward",
+            {"ffn_norm": "feed_forward has a forward of its own", "feed_forward": "it has a forward of its own"},
+        ),
+        ("attention", {"attention_norm": "attention has a forward of its own"}),
+        ("", dict.fromkeys(("attention_norm", "ffn_norm"), "its block has a forward of its own")),
+        ("attention_norm", dict.fromkeys(("attention_norm", "ffn_norm"), "it has a forward of its own")),
+    ],
+)
+def test_a_forward_put_into_a_class_is_not_fused_away(member, unfused, monkeypatch):
+    model = debug_model()
+    changed = type(model.get_submodule(".".join(filter(None, ("layers.0", member)))))
+    original = changed.forward
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        return 2 * original(self, *args, **kwargs)
+
+    monkeypatch.setattr(changed, "forward", forward)
+    report = convert_model(model)
+    assert reasons(report) == {f"layers.{i}.{name}": reason for i in range(6) for name, reason in unfused.items()}
 
 
 def test_models_of_another_shape_convert_their_linears():
