@@ -36,6 +36,7 @@ from measure import (
     CudaTimer,
     Pace,
     Timer,
+    duration,
     find_peers,
     fp8_gpu,
     host_us_per_call,
@@ -345,11 +346,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--shapes", nargs="+", default=[], metavar="TEXT", help='those whose use has it: "70B w1", ".dw"'
     )
     parser.add_argument(
-        "--seconds", type=float, default=150, help="shapes not begun by then are dropped, evenly (default: %(default)s)"
+        "--seconds",
+        type=duration,
+        default=150,
+        help="shapes not begun by then are dropped, evenly (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results")
     parser.add_argument("--name", default="bench_kernels", help="of the files written (default: %(default)s)")
     args = parser.parse_args(arguments)
+    if args.shapes and args.only == "host":
+        parser.error("--shapes: host times are taken on one small shape; leave it away, or --only host")
     sections = [args.only] if args.only else list(SHARES)
     gemms = chosen(gemm_shapes(SUITES[args.suite]), args.shapes) if "gemm" in sections else []
     quantized = chosen(quantize_shapes(SUITES[args.suite]), args.shapes) if "quantize" in sections else []

@@ -46,7 +46,7 @@ from linear_subjects import (
     memory_of,
     subject_of,
 )
-from measure import CudaTimer, Timer, fp8_gpu, interleave, reason, spread, table
+from measure import CudaTimer, Timer, duration, fp8_gpu, interleave, reason, spread, table
 from provenance import ROOT, provenance
 from shapes import FORWARD, Kind, Shape
 from torch import Tensor
@@ -357,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument(
-        "--seconds", type=float, default=480, help="subjects not begun by then are dropped (default: %(default)s)"
+        "--seconds", type=duration, default=480, help="subjects not begun by then are dropped (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results")
     parser.add_argument("--name", default="bench_linear", help="of the files written (default: %(default)s)")

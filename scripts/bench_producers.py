@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from bench_kernels import Bench, Budget, measure
 from candidates import QUANTIZE_BOUND, Candidate, Contender
 from kernel_tables import multiprocessor_limits, resources
-from measure import CudaTimer, Timer, fp8_gpu, table
+from measure import CudaTimer, Timer, duration, fp8_gpu, table
 from provenance import ROOT, provenance
 from shapes import MODELS, SUITES, Shape
 from torch import Tensor
@@ -337,7 +337,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--suite", choices=list(SUITES), default="quick", help="(default: %(default)s)")
     parser.add_argument("--ops", nargs="+", default=[""], metavar="TEXT", help='those whose name has it: "swiglu"')
     parser.add_argument(
-        "--seconds", type=float, default=150, help="shapes not begun by then are dropped, evenly (default: %(default)s)"
+        "--seconds",
+        type=duration,
+        default=150,
+        help="shapes not begun by then are dropped, evenly (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results")
     parser.add_argument("--name", default="bench_producers", help="of the files written (default: %(default)s)")

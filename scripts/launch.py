@@ -23,7 +23,6 @@ STAMP = re.compile(
     r"^\[rank0\]:\[titan\] (?P<time>\S+ \S+) - .* - (Training starts at step 1$|step:\s*(?P<step>\d+)\s+loss:)",
     re.MULTILINE,
 )
-VALIDATION = re.compile(r"validate step:\s*(?P<step>\d+)\s+loss:\s*(?P<loss>\S+)")
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,6 @@ def parse_step(line: str, rank: int = 0) -> Step | None:
         return None
     number = {name: float(text.replace(",", "")) for name, text in match.groupdict().items()}
     return Step(int(number["step"]), number["loss"], number["grad_norm"], number["memory"], number["tps"])
-
-
-def validation_losses(log: Path) -> dict[int, float]:
-    """Step -> validation loss, from a run's log."""
-    return {int(match["step"]): float(match["loss"]) for match in VALIDATION.finditer(log.read_text())}
 
 
 def step_times(log: Path) -> dict[int, float]:

@@ -1,5 +1,6 @@
 """How times are taken: candidates in turns, CUDA events, an emptied L2, medians and spreads. Shared by the benchmarks."""
 
+import argparse
 import importlib
 import math
 import random
@@ -18,6 +19,14 @@ FLUSH_BYTES = 256 * 2**20  # five times the L2 of an H100
 SAMPLE_US = 3000.0
 MIN_ROUNDS, MAX_ROUNDS = 5, 20
 MAX_LAUNCHES = 500  # a GPU queues about a thousand
+
+
+def duration(text: str) -> float:
+    """Seconds, as an argument of a script."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
+    return value
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,21 @@ def result() -> dict:
     )
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--only", "host", "--shapes", "8B wq"], "--shapes: host times are taken on one small shape"),
+        (["--shapes", "8B wx"], "--shapes 8B wx: no shape of suite quick has any of these"),
+        (["--seconds", "-5"], "--seconds: -5: must be more than 0"),
+        (["--seconds", "nan"], "--seconds: nan: must be more than 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert words in capsys.readouterr().err
+
+
 def test_a_run_measures_what_is_here_and_names_what_is_not(result: dict) -> None:
     assert set(result["peers"]) | set(result["absent"]) == set(PEERS)
     for kind, gemm in zip((FORWARD, WGRAD), result["gemm"], strict=True):
