@@ -16,8 +16,8 @@ def recomputed_outputs(report: ConversionReport, ac_save: ActivationSave) -> lis
     second matrix product, about half; with half, tensors took no more than bf16's, but the allocator, which has more sizes to fit, held
     1.2 to 1.7 % more (Llama 3 8B on two H200). Per byte kept, what is spared grows with in_features, which hardly differ, so the
     largest outputs that fit are kept; of equal ones the later. Outputs of which a fused feed-forward keeps fp8 are half as large, and
-    are kept both or neither, before all others: they spare twice as much. Outputs that backward does not need (of a feed-forward's last
-    Linear, which is only added) are kept besides, as there.
+    are kept before all others, since they spare twice as much, and in any case: where they alone are more than 7/16, they are no more than
+    the half. Outputs that backward does not need (of a feed-forward's last Linear, which is only added) are kept besides, as there.
 
     Args:
         report: of the conversion.
@@ -46,7 +46,7 @@ def recomputed_outputs(report: ConversionReport, ac_save: ActivationSave) -> lis
         # Bytes per token over two; a stable sort, of the reversed order.
         sizes = {name: sum(row.shape[0] for row in unit) // len(unit) for name, unit in units.items()}
         for name, unit in sorted(units.items(), key=lambda item: (-len(item[1]), -sizes[item[0]])):
-            if sizes[name] <= room:
+            if len(unit) > 1 or sizes[name] <= room:
                 room -= sizes[name]
                 kept.update(row.fqn for row in unit)
     return [row for rows in blocks.values() for row in rows if row.fqn not in kept]

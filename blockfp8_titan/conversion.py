@@ -278,8 +278,11 @@ def gather_obstacles(model: nn.Module, report: ConversionReport) -> dict[str, st
     obstacles = {}
     for row in report.rows:
         own = {f"{fqn}.weight" for fqn in (row.fqn, *row.aliases)}
-        others = [name for name in names[id(model.get_submodule(row.fqn).weight)] if name not in own]
-        if row.in_fp8 and others:
+        held_as = names.get(id(model.get_submodule(row.fqn).weight), [])
+        others = [name for name in held_as if name not in own]
+        if row.in_fp8 and not held_as:
+            obstacles[row.fqn] = "its weight is computed from other parameters"
+        elif row.in_fp8 and others:
             obstacles[row.fqn] = f"its weight is tied to {', '.join(others)}"
     return obstacles
 
@@ -295,7 +298,7 @@ def gather_weights_in_fp8(model: nn.Module, report: ConversionReport) -> Convers
     Returns:
         The report with a note for each weight that stays as it was: see `gather_obstacles`.
     Raises:
-        ValueError: the report is not of this model's conversion.
+        ValueError: the report is not of this model's conversion; a weight is sharded already.
     """
     obstacles = gather_obstacles(model, report)
     for row in report.rows:
@@ -305,6 +308,11 @@ def gather_weights_in_fp8(model: nn.Module, report: ConversionReport) -> Convers
                 raise ValueError(
                     f"{row.fqn} is a {type(linear).__name__}, and a Linear in fp8 by the report: pass the report that convert_model "
                     "returned for this model"
+                )
+            if isinstance(linear.weight, DTensor):
+                raise ValueError(
+                    f"{row.fqn} has a sharded weight (DTensor): call gather_weights_in_fp8 before fully_shard; tensor-parallel weights are "
+                    "gathered unquantised"
                 )
             gather_in_fp8(linear, linear.recipe.scale_format)
     return report.with_notes(*gather_notes(report, obstacles))

@@ -136,7 +136,8 @@ class BlockwiseFP8Linear(nn.Linear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Hand out plain tensors: a checkpoint must load where this package is not installed."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars:
+        # A parametrised weight (pruned, normalised) is no parameter, and not in there.
+        if not keep_vars and f"{prefix}weight" in destination:
             destination[f"{prefix}weight"] = plain_shard(destination[f"{prefix}weight"])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

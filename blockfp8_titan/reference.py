@@ -216,7 +216,7 @@ def gemm_1x128_128x128(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, out
     Returns:
         [M, N] in out_dtype.
     """
-    return (dequantize_1x128(a_q, a_dq) @ dequantize_128x128(b_q, b_dq).t()).to(out_dtype)
+    return _product(dequantize_1x128(a_q, a_dq), dequantize_128x128(b_q, b_dq)).to(out_dtype)
 
 
 def gemm_1x128_1x128(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -228,4 +228,10 @@ def gemm_1x128_1x128(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, out_d
     Returns:
         [M, N] in out_dtype.
     """
-    return (dequantize_1x128(a_q, a_dq) @ dequantize_1x128(b_q, b_dq).t()).to(out_dtype)
+    return _product(dequantize_1x128(a_q, a_dq), dequantize_1x128(b_q, b_dq)).to(out_dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T in fp32, whatever autocast is set to where the op is called."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.t()

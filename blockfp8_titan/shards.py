@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from .conversion import ConversionReport
+from .conversion import ConversionReport, gather_obstacles
 from .formats import BLOCK, ceil_div
 
 HEADER = ("weight", "count", "rows/rank", "last rank's", "ranks without", "on blocks", "gathered in")
@@ -14,7 +14,7 @@ HEADER = ("weight", "count", "rows/rank", "last rank's", "ranks without", "on bl
 
 @dataclass(frozen=True)
 class Shards:
-    """The weights in fp8 of one shape [N, K], each cut along N as `torch.chunk` cuts it."""
+    """The weights in fp8 of one shape [N, K], gathered alike, each cut along N as `torch.chunk` cuts it."""
 
     shape: tuple[int, int]
     count: int
@@ -48,7 +48,7 @@ class Sharding:
     gathered_bytes_unquantised: int
     """With every parameter in training.mixed_precision_param."""
     scale_table_bytes: int
-    """fp32 multipliers of all weights in fp8, which every rank holds."""
+    """fp32 multipliers of all weights gathered in fp8, which every rank holds."""
 
     def to_table(self) -> str:
         """Aligned text, a line for each shape."""
@@ -87,32 +87,37 @@ def simulate(
     """
     if ranks < 1:
         raise ValueError(f"ranks = {ranks}: must be at least 1")
-    in_fp8 = {f"{row.fqn}.weight": row.shape for row in report.rows if row.in_fp8}
-    gathered_dtype = torch.float8_e4m3fn if fp8_all_gather else param_dtype
+    as_they_are = gather_obstacles(model, report) if fp8_all_gather else {row.fqn for row in report.rows}
+    weights = {
+        f"{row.fqn}.weight": (row.shape, param_dtype if row.fqn in as_they_are else torch.float8_e4m3fn)
+        for row in report.rows
+        if row.in_fp8
+    }
     gathered = unquantised = 0
     for name, parameter in model.named_parameters():
         padded = _rows(parameter.shape[0], ranks) * ranks * parameter[0].numel()
-        gathered += padded * (gathered_dtype if name in in_fp8 else param_dtype).itemsize
+        _, dtype = weights.get(name, (None, param_dtype))
+        gathered += padded * dtype.itemsize
         unquantised += padded * param_dtype.itemsize
+    in_fp8 = [shape for shape, dtype in weights.values() if dtype == torch.float8_e4m3fn]
     return Sharding(
         ranks,
-        tuple(_cut(in_fp8.values(), ranks, gathered_dtype)),
-        0 if fp8_all_gather else len(in_fp8),
+        tuple(_cut(list(weights.values()), ranks)),
+        len(weights) - len(in_fp8),
         gathered,
         unquantised,
-        sum(ceil_div(n, BLOCK) * ceil_div(k, BLOCK) for n, k in in_fp8.values()) * torch.float32.itemsize,
+        sum(ceil_div(n, BLOCK) * ceil_div(k, BLOCK) for n, k in in_fp8) * torch.float32.itemsize,
     )
 
 
-def _cut(shapes: Iterable[tuple[int, int]], ranks: int, gathered_dtype: torch.dtype) -> Iterable[Shards]:
-    """One `Shards` for each distinct shape, in order of first appearance."""
-    shapes = list(shapes)
-    for shape in dict.fromkeys(shapes):
+def _cut(weights: list[tuple[tuple[int, int], torch.dtype]], ranks: int) -> Iterable[Shards]:
+    """One `Shards` for each distinct shape and dtype to gather in, in order of first appearance."""
+    for shape, gathered_dtype in dict.fromkeys(weights):
         n, rows = shape[0], _rows(shape[0], ranks)
         holding = ceil_div(n, rows)
         yield Shards(
             shape=shape,
-            count=shapes.count(shape),
+            count=weights.count((shape, gathered_dtype)),
             rows=rows,
             last_rows=n - (holding - 1) * rows,
             empty_ranks=ranks - holding,

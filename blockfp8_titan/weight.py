@@ -29,13 +29,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from . import ops, reference
+from .autograd import FLOATS
 from .formats import BLOCK, ceil_div
 from .recipe import ScaleFormat
 
 aten = torch.ops.aten
 
-# FSDP2, to_empty, CPU offload and deepcopy make the shard from the weight, and one shard from another, by these.
-_VIEWS = {aten.view.default, aten.slice.Tensor, aten.as_strided.default}
+# FSDP2, to_empty, CPU offload and deepcopy make one shard from another by these.
 _COPIES = {
     aten.new_zeros.default,
     aten.empty_like.default,
@@ -104,17 +104,24 @@ class BlockwiseFP8Weight(Tensor):
             return cls(args[0].master, args[0].scale_format, args[0].last_write)
         plain_args, plain_kwargs = pytree.tree_map_only(cls, lambda weight: weight.master, (args, kwargs))
         out = func(*plain_args, **plain_kwargs)
-        if func._schema.is_mutable:
+        if func._schema.is_mutable or func.namespace == "c10d":
             for weight in _written(func, args, kwargs):
                 weight.last_write.tick()
             return return_and_correct_aliasing(func, args, kwargs, out) if isinstance(out, Tensor) else out
-        # One dimension is FSDP2's own view of a padded shard: from a plain one it sees that the shard is padded already. It would pad
-        # again, into new memory, while a state dict taken before holds the old.
-        if func in _VIEWS and out.dim() == 2:
-            return cls(out, args[0].scale_format, args[0].last_write)
+        # `view` to one dimension is FSDP2's own, of a padded shard: from a plain one it sees that the shard is padded already. It would
+        # pad again, into new memory, while a state dict taken before holds the old.
+        is_view = any(result.alias_info for result in func._schema.returns)
+        if is_view and not (func is aten.view.default and out.dim() == 1):
+            first = args[0]
+            return pytree.tree_map_only(Tensor, lambda part: cls(part, first.scale_format, first.last_write), out)
         if func in _COPIES and out.dim() == 2:
             return cls(out, args[0].scale_format)
         return out
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        """A plain tensor's or parameter's: what is saved must load where this package is not installed."""
+        plain = nn.Parameter(self.master, self.requires_grad) if isinstance(self, nn.Parameter) else self.master
+        return plain.__reduce_ex__(protocol)
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """The master's: FSDP2 tells by it that a shard is padded already."""
@@ -128,11 +135,17 @@ class BlockwiseFP8Weight(Tensor):
         module: nn.Module,
         mp_policy: MixedPrecisionPolicy,
     ) -> tuple[tuple[Tensor], tuple[int, Tensor]]:
-        """Cast this rank's rows, padded with zeros to as many as every other rank has."""
+        """Cast this rank's rows, padded with zeros to as many as every other rank has.
+
+        Raises:
+            ValueError: the weight is not cut along its rows, or has become of a dtype that is not quantised.
+        """
         scales = module.weight_scales
         if scales is None:
             scales = module.weight_scales = WeightScales(mesh, outer_size, self.device)
-        refresh_scales(module)
+        if obstacle := _cast_obstacle(self, outer_size):
+            raise ValueError(f"{module.fqn}: {obstacle}" if module.fqn else obstacle)
+        _refresh((module,), stale_only=True)
         w_q = ops.quantize_rows(self.master, scales.multipliers, scales.first_row).view(torch.uint8)
         missing = scales.rows - w_q.shape[0]
         return (F.pad(w_q, (0, 0, 0, missing)) if missing else w_q,), (outer_size[0], scales.multipliers)
@@ -149,9 +162,8 @@ class BlockwiseFP8Weight(Tensor):
         (gathered,), (N, multipliers) = all_gather_outputs, metadata
         if out is None:
             return GatheredFP8Weight(gathered[:N].view(torch.float8_e4m3fn), multipliers, param_dtype), ()
-        local = out._local_tensor if isinstance(out, DTensor) else out
-        assert isinstance(local, GatheredFP8Weight) and local.w_q.data_ptr() == gathered.data_ptr()
-        local.w_dq = multipliers
+        assert isinstance(out, GatheredFP8Weight) and out.w_q.data_ptr() == gathered.data_ptr()
+        out.w_dq = multipliers
         return None
 
 
@@ -245,6 +257,8 @@ class WeightScales:
 
 def gather_in_fp8(linear: nn.Linear, scale_format: ScaleFormat) -> None:
     """Let FSDP2 gather a linear's weight in fp8. Call before fully_shard; the linear must have a `weight_scales` attribute."""
+    if is_gathered_in_fp8(linear.weight):
+        return
     weight = linear.weight.detach()
     if isinstance(weight, DTensor):
         weight._local_tensor = BlockwiseFP8Weight(weight._local_tensor, scale_format)
@@ -260,20 +274,25 @@ def is_gathered_in_fp8(weight: Tensor) -> bool:
 
 @torch.no_grad()
 def refresh_scales(*modules: nn.Module) -> None:
-    """Compute the multipliers of those weights in these modules that have changed since: one all-reduce per shard mesh.
+    """Compute the multipliers of the weights in these modules: one all-reduce per shard mesh.
 
-    Call it after an optimizer step, on all ranks, before `FSDPModule.set_post_optim_event` if that is used; a weight whose
-    multipliers are out of date at its gather gets there by an all-reduce of its own. Changes are noticed whoever makes them: an
-    optimizer, nn.init, load_state_dict, a checkpoint read in place into state_dict(), in-place operations on the parameter, on its
-    `.data`, its local tensor, its detached or sliced views. All ranks must change a weight alike, as DTensor's operations do. Not
-    noticed: writes that PyTorch does not see (NumPy's, a kernel of one's own), writes to `.data` of what state_dict() returned,
-    and writes to one-dimensional views of `.data`.
+    Call it after an optimizer step, on all ranks, before `FSDPModule.set_post_optim_event` if that is used, and after a change that
+    some ranks alone have made. A weight that has changed since gets new multipliers at its next gather in any case, by an all-reduce
+    of its own, for which all ranks must have changed it, as DTensor's operations do. Changes are noticed whoever makes them: an
+    optimizer, nn.init, load_state_dict, a checkpoint read in place into state_dict(), a collective, in-place operations on the
+    parameter, on its `.data`, its local tensor, and on views of these. Not noticed: writes that PyTorch does not see (NumPy's, a
+    kernel of one's own), writes to `.data` of what state_dict() returned, and to `.data.view(-1)`.
 
     Weights are known from their first gather on; those not gathered yet, or gathered just now, are left to their next one.
     """
+    _refresh(modules, stale_only=False)
+
+
+def _refresh(modules: tuple[nn.Module, ...], *, stale_only: bool) -> None:
+    """stale_only: leave those out that have not changed, by what this rank knows."""
     by_group: dict[dist.ProcessGroup, list[tuple[WeightScales, DTensor]]] = {}
     for scales, weight in _scaled_weights(modules):
-        if scales.stale(weight):
+        if not stale_only or scales.stale(weight):
             by_group.setdefault(scales.group, []).append((scales, weight))
     for group, members in by_group.items():
         _compute(group, members)
@@ -329,12 +348,29 @@ def plain_shard(weight: Tensor) -> Tensor:
 
 def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
     """The wrapped tensors that an operation with these arguments writes to."""
+    if func.namespace == "c10d":  # a schema there does not say which
+        yield from (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, BlockwiseFP8Weight))
+        return
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             for tensor in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(tensor, (BlockwiseFP8Weight, GatheredFP8Weight)):
                     yield tensor
+
+
+def _cast_obstacle(shard: Tensor, outer_size: torch.Size) -> str | None:
+    """Why a rank's part of a weight cannot be gathered in fp8; None where it can."""
+    if shard.shape[1:] != outer_size[1:]:
+        return (
+            f"its weight {list(outer_size)} is cut into {list(shard.shape)}: a weight gathered in fp8 must be cut along its rows; shard it "
+            "by Shard(0), or set fp8_all_gather = false"
+        )
+    if shard.dtype not in FLOATS:
+        return (
+            f"its weight has become {shard.dtype}: must be torch.bfloat16 or torch.float32; cast before the conversion"
+        )
+    return None
 
 
 def _is_whole(weight: Tensor, size: Any, stride: Any, offset: int | None = None) -> bool:

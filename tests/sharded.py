@@ -6,6 +6,7 @@ little more than two.
 """
 
 import copy
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -29,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from blockfp8_titan import BlockwiseFP8Linear, Recipe, convert_model, reference, weight
@@ -290,6 +292,14 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "to_local": each_weight(lambda w: w.to_local().mul_(2)),
     "slice": each_weight(lambda w: w[:, 16:48].mul_(2)),
     "transposed local tensor": each_weight(lambda w: w.to_local().t().mul_(2)),
+    "parts of .data": each_weight(lambda w: [part.mul_(2) for part in w.data.split(100, 1)]),
+    "chunks of .data": each_weight(lambda w: [part.mul_(2) for part in w.data.chunk(2, 1)]),
+    "transposed .data": each_weight(lambda w: w.data.t().mul_(2)),
+    "view of .data": each_weight(lambda w: w.data.unsqueeze(0).mul_(2)),
+    "rows of the local tensor's .data": each_weight(lambda w: [row.mul_(2) for row in w.to_local().data]),
+    "parts of the local tensor's .data": each_weight(lambda w: [part.mul_(2) for part in w.to_local().data.split(7)]),
+    "all_reduce": each_weight(lambda w: dist.all_reduce(w.to_local()[:32])),
+    "broadcast": each_weight(lambda w: dist.broadcast(w.to_local()[:32].mul_(2), 0)),
     "state dict": lambda model: [tensor.mul_(2) for tensor in model.state_dict().values()],
     "load_state_dict": lambda model: model.load_state_dict(doubled(model.state_dict())),
     "assigned": lambda model: model.load_state_dict(doubled(model.state_dict()), assign=True),
@@ -318,8 +328,20 @@ def every_change_is_noticed() -> None:
     check_changes(model, CHANGES)
     with Collectives() as unchanged:
         check_bitwise(model, masters(model))
-        refresh_scales(model)
     assert unchanged.all_reduces == 0
+
+
+@check(2)
+def a_change_on_one_rank_is_shared_by_asking_for_it() -> None:
+    model = shard(Model(blocks=1))
+    check_bitwise(model, masters(model))
+    with torch.no_grad():
+        if dist.get_rank() == 1:
+            linears(model)[0].weight.to_local().mul_(3)
+    with Collectives() as asked:
+        refresh_scales(model)
+    assert asked.all_reduces == 1
+    check_bitwise(model, masters(model))
 
 
 @check(7)
@@ -430,6 +452,15 @@ def copies_have_a_memory_of_their_own() -> None:
     with torch.no_grad():
         copied.weight.zero_()
     assert linear.weight.abs().sum() > 0 and not copied.weight.any()
+    gather_in_fp8(linear, "pow2")
+    assert type(linear.weight.master) is Tensor
+    file = io.BytesIO()
+    torch.save({"linear": linear, "weight": linear.weight.detach()}, file)
+    assert b"BlockwiseFP8Weight" not in file.getvalue()
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert type(loaded["linear"].weight) is nn.Parameter and type(loaded["weight"]) is Tensor
+    assert torch.equal(loaded["linear"].weight, linear.weight.master)
 
 
 @check(3)
@@ -451,6 +482,12 @@ def checkpoints_hold_plain_tensors() -> None:
         set_model_state_dict(other, loaded)
         assert all(torch.equal(a, b) for a, b in zip(whole(other), whole(model), strict=True))
     assert train(resumed) == train(plain)
+    # Copies of the parameters, an average of them say, are saved plain as well.
+    saved = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    loaded = {name: torch.zeros_like(parameter) for name, parameter in saved.items()}
+    dcp.save({"average": saved}, checkpoint_id=f"{folder[0]}/average")
+    dcp.load({"average": loaded}, checkpoint_id=f"{folder[0]}/average")
+    assert all(torch.equal(a.full_tensor(), saved[name].full_tensor()) for name, a in loaded.items())
     dist.barrier()
     if dist.get_rank() == 0:
         missing = min(Path(folder[0]).glob("*.distcp"))
@@ -472,6 +509,23 @@ def offloaded_weights_are_gathered_too() -> None:
     model = shard(Model(), offload_policy=CPUOffloadPolicy(pin_memory=False))
     assert train(model) == train(shard(Model()))
     check_bitwise(model, masters(model))
+
+
+@check(2)
+def weights_that_cannot_be_gathered_in_fp8_are_named() -> None:
+    model = Model(blocks=1)
+    linears(model)[0].fqn = "up"
+    gather_in_fp8(linears(model)[0], "fp32")
+    fully_shard(model, shard_placement_fn=lambda parameter: Shard(parameter.dim() - 1))
+    with pytest.raises(
+        ValueError, match=r"up: its weight \[272, 144\] is cut into \[272, 72\]: a weight gathered in fp8"
+    ):
+        model(inputs())
+    model = Model(blocks=1)
+    linears(model)[0].fqn = "up"
+    shard(model).half()
+    with pytest.raises(ValueError, match="up: its weight has become torch.float16: must be torch.bfloat16 or"):
+        model.layers[0].unshard()
 
 
 @check(2)

@@ -71,6 +71,11 @@ def test_what_is_not_fused_keeps_no_inputs_of_swiglu_in_fp8():
     assert names(recomputed_outputs(unfused, "balanced")) == ["wq", "wo", "w1"]
 
 
+def test_what_a_feed_forward_keeps_in_fp8_is_kept_where_attention_stays_in_bf16():
+    report = plan(swiglu_inputs="fp8", rules=(Rule("*.attention.*", "skip"),))
+    assert recomputed_outputs(report, "balanced") == []
+
+
 def test_all_and_none():
     report = plan()
     assert recomputed_outputs(report, "gemm") == []

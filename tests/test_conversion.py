@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import prune
 
 from blockfp8_titan.conversion import ConversionReport, convert_model, gather_weights_in_fp8, plan_conversion
 from blockfp8_titan.linear import BlockwiseFP8Linear
@@ -318,3 +319,18 @@ def test_gathers_want_the_report_of_this_models_conversion(model):
         ValueError, match=r"is a Linear, and a Linear in fp8 by the report: pass the report that convert_model returned"
     ):
         gather_weights_in_fp8(model, report)
+
+
+def test_a_weight_that_is_computed_from_others_is_gathered_as_it_is(model):
+    convert = [
+        name for name, module in model.named_modules() if type(module) is nn.Linear and name.startswith("layers")
+    ]
+    prune.l1_unstructured(model.get_submodule(convert[0]), "weight", 0.5)
+    report = gather_weights_in_fp8(model, convert_model(model))
+    assert any(convert[0] in note and "its weight is computed from other parameters" in note for note in report.notes)
+    linear = model.get_submodule(convert[0])
+    state = model.state_dict()
+    assert f"{convert[0]}.weight" not in state and f"{convert[0]}.weight_orig" in state
+    model.load_state_dict(state)
+    linear(torch.randn(3, linear.in_features)).sum().backward()
+    assert linear.weight_orig.grad.count_nonzero() > 0

@@ -54,6 +54,17 @@ def test_without_fp8_all_gather_every_weight_falls_back() -> None:
     assert sharding.gathered_bytes == sharding.gathered_bytes_unquantised == 4 * (256 * 128 + 8)
 
 
+def test_a_tied_weight_falls_back_alone() -> None:
+    model = nn.Module()
+    model.embeddings = nn.Embedding(256, 128, device="meta")
+    model.layers = nn.ModuleList(nn.Linear(128, 256, bias=False, device="meta") for _ in range(2))
+    model.layers[1].weight = model.embeddings.weight
+    sharding = simulate(model, plan_conversion(model), 2, param_dtype=torch.bfloat16, fp8_all_gather=True)
+    assert [(s.count, s.gathered_in) for s in sharding.weights] == [(1, "float8_e4m3fn"), (1, "bfloat16")]
+    assert sharding.fallbacks == 1 and sharding.scale_table_bytes == 2 * 4
+    assert sharding.gathered_bytes == 256 * 128 * 3
+
+
 def test_no_rank_is_an_error() -> None:
     model = OneLinear(16, 16, 1)
     with pytest.raises(ValueError, match="ranks = 0: must be at least 1"):
