@@ -45,6 +45,11 @@ class Limits:
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} = {value}: must be a share, from 0 to 1")
 
+    def __str__(self) -> str:
+        shares = ((self.flushed_above, "flushed to zero"), (self.clamped_above, "at the largest payload"))
+        named = [f"over {share:.1%} {where}" for share, where in shares if share < 1]
+        return ", ".join([f"SQNR below {self.sqnr_below:g} dB", *named, "NaN or Inf"])
+
     def crossings(self, health: Health) -> Iterator[Crossing]:
         """What of this is beyond the limits, layer by layer."""
         for fqn, tensors in health.items():

@@ -100,9 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         limits = Limits(args.sqnr_below, args.flushed_above, args.clamped_above)
         steps = {step: health for step, health in read_health(args.run).items() if step >= args.from_step}
         if not steps:
+            observed = (
+                f"{HEALTH_FILE} has no step from {args.from_step} on" if args.from_step else "no step was observed"
+            )
             raise ValueError(
-                f"{args.run}: {HEALTH_FILE} has no step from {args.from_step} on; name the job.dump_folder of a run with "
-                "[blockwise_fp8] health_freq above 0"
+                f"{args.run}: {observed}; name the job.dump_folder of a run that came to a step that [blockwise_fp8] health_freq, 500 by "
+                "default and not 0, divides"
             )
         rules = suggest(steps.values(), limits)
         before = rules_file_of(args.run)
@@ -113,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not rules:
         print(f"No layer is beyond a limit: {about}; {limits}. Nothing is written.")
         return 0
-    head = f"# Linears in bad fp8 health: {about}.\n# {limits}\n"
+    head = f"# Linears in bad fp8 health: {about}.\n# Limits: {limits}\n"
     then = [f'# From rules_file = "{before}", in whose place this file stands.'] if kept else []
     parts = [head, *(to_toml(rule) + "\n" for rule in rules), *then, *(to_toml(rule) + "\n" for rule in kept)]
     out.parent.mkdir(parents=True, exist_ok=True)

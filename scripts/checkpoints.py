@@ -1,8 +1,14 @@
-"""Read weights tensor by tensor: from torchtitan's checkpoints, and from folders of Hugging Face's safetensors."""
+"""Read weights tensor by tensor: from torchtitan's checkpoints, and from folders of Hugging Face's safetensors.
 
+    python scripts/checkpoints.py outputs/checkpoint/step-1000    # is every file of it whole? Optimizer state too
+
+Exits with 1 and names what is damaged or missing, with 2 where the folder is no torchtitan checkpoint.
+"""
+
+import argparse
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,9 +63,13 @@ class _TorchtitanReader(dcp.FileSystemReader):
 
 
 class TorchtitanCheckpoint:
-    """A step's folder of a torchtitan job on any number of ranks (torch.distributed.checkpoint). Optimizer state is not read."""
+    """A step's folder of a torchtitan job on any number of ranks (torch.distributed.checkpoint).
 
-    def __init__(self, folder: Path, adapter: BaseStateDictAdapter) -> None:
+    Args:
+        adapter: to Hugging Face's layout, for `read`.
+    """
+
+    def __init__(self, folder: Path, adapter: BaseStateDictAdapter | None) -> None:
         self.folder, self.adapter = folder, adapter
         try:
             self.reader = _TorchtitanReader(folder)
@@ -85,7 +95,10 @@ class TorchtitanCheckpoint:
         return [key for key in self.tensors if key.startswith("layers.") and key not in known]
 
     def read(self, parameter: Named) -> Tensor:
-        fqn = parameter.fqn
+        return self.adapter.to_hf({parameter.fqn: self.load(parameter.fqn)})[parameter.key]
+
+    def load(self, fqn: str) -> Tensor:
+        """The whole tensor of this name, under torchtitan's layout. Raises ValueError: a file with a part of it is damaged."""
         value = torch.empty(self.tensors[fqn].size, dtype=self.tensors[fqn].properties.dtype)
         try:
             with warnings.catch_warnings():
@@ -94,7 +107,7 @@ class TorchtitanCheckpoint:
         except (Exception, CheckpointException) as error:  # the latter is a BaseException
             files = ", ".join(str(self.folder / file) for file in sorted(self.files[fqn]))
             raise ValueError(f"cannot read {fqn}: {files} is damaged: {_first_line(error)}") from error
-        return self.adapter.to_hf({fqn: value})[parameter.key]
+        return value
 
 
 class HuggingFaceCheckpoint:
@@ -165,3 +178,31 @@ def open_checkpoint(folder: Path, adapter: BaseStateDictAdapter) -> TorchtitanCh
     raise ValueError(
         f"--checkpoint {folder}: has neither .metadata, as a torchtitan checkpoint does once it is complete, nor *.safetensors{hint}"
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a step's folder")
+    folder: Path = parser.parse_args(arguments).folder
+    if not (folder / ".metadata").is_file():
+        parser.error(f"{folder}: has no .metadata, as a torchtitan checkpoint does once it is complete")
+    try:
+        checkpoint = TorchtitanCheckpoint(folder, None)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    tensors = [key for key, what in checkpoint.tensors.items() if isinstance(what, TensorStorageMetadata)]
+    damaged = False
+    for key in tensors:
+        try:
+            checkpoint.load(key)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            damaged = True
+    if not damaged:
+        print(f"{folder}: all {len(tensors)} tensors can be read")
+    return int(damaged)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,7 +14,9 @@ dequantises. Needs `pip install '.[export]'`. Exits with 2 for an error; nothing
 """
 
 import argparse
+import copy
 import json
+import math
 import os
 import shutil
 import sys
@@ -308,10 +310,18 @@ def write_weights(
         for parameter in members:
             tensors |= encode(parameter, checkpoint, device)
         save_file(tensors, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o666 & ~_umask())  # save_file's are the owner's alone, and a server may be another user
         weight_map |= dict.fromkeys(tensors, name)
         print(f"{name}: {len(tensors)} tensors", flush=True)
     total = sum(parameter.size for parameter in parameters)
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _umask() -> int:
+    """What the process takes from a new file's permissions; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -368,6 +378,10 @@ def export(
     Raises:
         ValueError, OSError: names the file, the key or the argument.
     """
+    job_config = copy.deepcopy(job_config)
+    # How the job ran: neither bears on what is written, and this machine's torch may not be able to.
+    job_config.compile.enable = False
+    job_config.parallelism.tensor_parallel_degree = 1
     name = job_config.model.name
     spec = get_train_spec(name)
     model = build_on_meta(job_config)
@@ -430,8 +444,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="most of a file, in GB (default: %(default)s)"
     )
     options, torchtitan_args = parser.parse_known_args(arguments)
-    if not options.shard_gb > 0:
-        parser.error(f"--shard-gb {options.shard_gb}: must be more than 0")
+    if not 0 < options.shard_gb < math.inf:
+        parser.error(f"--shard-gb {options.shard_gb}: must be a number above 0")
     try:
         with quiet_torchtitan():
             job_config = read_job_config(torchtitan_args)

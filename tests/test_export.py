@@ -17,6 +17,7 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 
 pytest.importorskip("safetensors", reason="writes safetensors, which the extra [export] brings")
 
+import checkpoints
 import export_fp8
 from safetensors.torch import load_file, save_file
 
@@ -113,6 +114,7 @@ def test_what_is_written(exported: Path, model: Transformer) -> None:
             scale = found[f"{key}_scale_inv"]
             assert scale.dtype == torch.float32 and scale.shape == (-(-n // 128), -(-k // 128))
     assert (exported / "tokenizer.json").is_file()
+    assert len({path.stat().st_mode for path in exported.iterdir()}) == 1, "who may read one file may read all"
     assert not list(exported.parent.glob(".*"))
 
 
@@ -313,6 +315,26 @@ def test_a_damaged_checkpoint(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (lambda path: None, ""),
+        (lambda path: truncate(path / "__0_0.distcp"), "__0_0.distcp is damaged: "),
+        (lambda path: (path / "__0_0.distcp").unlink(), "__0_0.distcp is damaged: "),
+        (lambda path: truncate(path / ".metadata"), ".metadata is damaged: "),
+    ],
+)
+def test_a_checkpoint_is_looked_through(
+    checkpoint: Path, tmp_path: Path, damage: Callable[[Path], object], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_with(checkpoint, tmp_path, damage)
+    assert checkpoints.main([str(folder)]) == bool(message)
+    printed = capsys.readouterr()
+    assert message in printed.err and str(folder) in (printed.err or printed.out)
+    with pytest.raises(SystemExit):
+        checkpoints.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
         (lambda path: truncate(path / SECOND), f"{SECOND} is damaged: "),
         (lambda path: (path / FIRST).unlink(), "has no tok_embeddings.weight (model.embed_tokens.weight)"),
         (lambda path: shutil.copy(path / FIRST, path / "x.safetensors"), "keep one of the two files"),
@@ -390,7 +412,12 @@ def test_as_a_command(corpus: Path, checkpoint: Path, tmp_path: Path, capsys: py
     assert export_fp8.main([*common, "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "name one of the steps in it: step-1" in line
-    common[-1] = f"--checkpoint={checkpoint}"
+    with pytest.raises(SystemExit):
+        export_fp8.main([*common, "--out", str(tmp_path / "out"), "--shard-gb=inf"])
+    assert "--shard-gb inf: must be a number above 0" in capsys.readouterr().err
+    # How the job ran does not matter, nor whether this torch could run it so.
+    common += ["--parallelism.tensor_parallel_degree=2", "--compile.enable"]
+    common[3] = f"--checkpoint={checkpoint}"
     assert export_fp8.main([*common, "--out", str(tmp_path / "out"), "--shard-gb=0.0015"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""

@@ -184,14 +184,16 @@ def test_suggestions_depend_on_limits_and_steps(tmp_path: Path, capsys) -> None:
     folder = write_log(tmp_path, SICK, health_of(), health_of())
     out = tmp_path / "rules" / "r.toml"
     assert suggest_rules.main([str(folder), "--from-step=2", f"--out={out}"]) == 0
-    assert "No layer is beyond a limit" in capsys.readouterr().out and not out.exists()
+    printed = capsys.readouterr().out
+    assert "No layer is beyond a limit" in printed and not out.exists()
+    assert "; SQNR below 26 dB, over 10.0% flushed to zero, NaN or Inf. Nothing is written." in printed
     assert suggest_rules.main([str(folder), "--from-step=2", f"--out={out}", "--sqnr-below=40"]) == 0
     assert [placed.rule.match for placed in load_rules_file(str(out))] == [f"layers.{i}.w1" for i in range(4)]
     gone = write_log(tmp_path / "gone", SICK, rules_file="gone.toml")
     for arguments, words in (
         ([str(gone)], "gone: the run's rules_file = 'gone.toml': no such file"),
         ([str(folder), "--from-step=9"], "health.jsonl has no step from 9 on"),
-        ([str(tmp_path / "none")], "health_freq above 0"),
+        ([str(tmp_path / "none")], "no step was observed; name the job.dump_folder of a run that came to a step that"),
         ([str(folder), "--flushed-above=7"], "flushed_above = 7.0: must be a share"),
     ):
         with pytest.raises(SystemExit):
