@@ -1,6 +1,6 @@
 """How far y, dx and dw of a linear are from fp32's: blockwise fp8, its choices, and torchao's formats where torchao is installed.
 
-    python scripts/accuracy.py        # a minute on 2 CPU cores; writes scripts/results/accuracy.json and .md
+    python scripts/accuracy.py        # a minute on 2 CPU cores; writes accuracy.json and .md to --out
 
 Computed by the reference implementations on a CPU (torchao's with emulate=True), in bf16, from one seed: on normally distributed
 data, and on what strains a format: channels of x a hundred times the others, tokens of dy whose magnitudes are log-normal.
@@ -8,17 +8,15 @@ data, and on what strains a format: channels of x a hundred times the others, to
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from launch import ROOT
 from measure import table
 from provenance import provenance
+from result_files import add_out, write_json, write_text
 from torch import Tensor
 
 from blockfp8_titan import BlockwiseFP8Linear, Recipe
@@ -163,13 +161,12 @@ def report(result: dict) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results")
+    add_out(parser)
     args = parser.parse_args(arguments)
     result = measure()
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "accuracy.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    (args.out / "accuracy.md").write_text(report(result))
-    print(report(result))
+    write_json(args.out / "accuracy.json", result)
+    write_text(args.out / "accuracy.md", report(result))
+    print(f"{report(result)}\nwritten to {args.out}: accuracy.json, accuracy.md")
     return 0
 
 

@@ -14,14 +14,12 @@ is no suitable GPU, with 1 when a result is wrong, with 130 when it was interrup
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +43,8 @@ from measure import (
     reason,
     spread,
 )
-from provenance import ROOT, provenance
+from provenance import provenance
+from result_files import add_out, write_json, write_text
 from shapes import FORWARD, SUITES, WGRAD, Shape, chosen, gemm_shapes, quantize_shapes, spread_out
 
 from blockfp8_titan.ops import library
@@ -351,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=150,
         help="shapes not begun by then are dropped, evenly (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results")
+    add_out(parser)
     parser.add_argument("--name", default="bench_kernels", help="of the files written (default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.shapes and args.only == "host":
@@ -368,15 +367,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_float32_matmul_precision("highest")  # results are checked against true fp32
     from blockfp8_titan.kernels import gemm_hopper_launch  # needs Triton
 
-    args.out.mkdir(parents=True, exist_ok=True)
-
     def save(result: dict[str, Any]) -> None:
         compiled = [(str(key[2]), kernel) for key, kernel in library._compiled.items()]
         compiled += [(str(key[1:]), kernel) for key, kernel in gemm_hopper_launch.compiled.items()]
         result["kernels"] = resources(compiled, multiprocessor_limits(device))
         result["peak_tflops"] = peak_tflops(result["gpu"])
-        (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-        (args.out / f"{args.name}.md").write_text(report(result))
+        write_json(args.out / f"{args.name}.json", result)
+        write_text(args.out / f"{args.name}.md", report(result))
 
     result = bench(
         CudaTimer(device),
@@ -389,8 +386,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save=save,
     )
     save(result)
-    print(f"\n{overview(result)}\n")
     plot(result, args.out / f"{args.name}.png")
+    print(f"\n{overview(result)}\n\nwritten to {args.out}: {args.name}.json, .md, .png")
     wrong = wrong_results(result["summary"])
     for name in wrong:
         print(f"WRONG: {name}", file=sys.stderr)

@@ -18,13 +18,11 @@ import argparse
 import copy
 import gc
 import itertools
-import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import gpu_trace
@@ -47,7 +45,8 @@ from linear_subjects import (
     subject_of,
 )
 from measure import CudaTimer, Timer, duration, fp8_gpu, interleave, reason, spread, table
-from provenance import ROOT, provenance
+from provenance import provenance
+from result_files import add_out, write_json, write_text
 from shapes import FORWARD, Kind, Shape
 from torch import Tensor
 from torchtitan.models.llama3 import llama3_args
@@ -359,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=duration, default=480, help="subjects not begun by then are dropped (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results")
+    add_out(parser)
     parser.add_argument("--name", default="bench_linear", help="of the files written (default: %(default)s)")
     args = parser.parse_args(arguments)
     if BF16 not in args.converters:
@@ -372,8 +371,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
 
     def write(result: dict[str, Any]) -> None:
-        (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-        (args.out / f"{args.name}.md").write_text(report(result))
+        write_json(args.out / f"{args.name}.json", result)
+        write_text(args.out / f"{args.name}.md", report(result))
 
     torch.manual_seed(0)
     result = bench(
@@ -388,6 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds=args.seconds,
         write=write,
     )
+    print(f"written to {args.out}: {args.name}.json, .md")
     for name, why in result["dropped"].items():
         print(f"not measured: {name}: {why}", file=sys.stderr)
     wrong = wrong_results(result)

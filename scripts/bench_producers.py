@@ -11,11 +11,9 @@ Writes NAME.json and NAME.md to --out. Exits with 2 where there is no suitable G
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +22,8 @@ from bench_kernels import Bench, Budget, measure
 from candidates import QUANTIZE_BOUND, Candidate, Contender
 from kernel_tables import multiprocessor_limits, resources
 from measure import CudaTimer, Timer, duration, fp8_gpu, table
-from provenance import ROOT, provenance
+from provenance import provenance
+from result_files import add_out, write_json, write_text
 from shapes import MODELS, SUITES, Shape
 from torch import Tensor
 
@@ -342,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=150,
         help="shapes not begun by then are dropped, evenly (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results")
+    add_out(parser)
     parser.add_argument("--name", default="bench_producers", help="of the files written (default: %(default)s)")
     args = parser.parse_args(arguments)
     measured = [shape for shape in shapes(SUITES[args.suite]) if any(text in shape.kind for text in args.ops)]
@@ -355,10 +354,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = bench(CudaTimer(device), device, measured, args.seconds)
     compiled = [(str(key[2]), kernel) for key, kernel in library._compiled.items()]
     result["kernels"] = resources(compiled, multiprocessor_limits(device))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    (args.out / f"{args.name}.md").write_text(report(result))
-    print(f"\n{report(result)}")
+    write_json(args.out / f"{args.name}.json", result)
+    write_text(args.out / f"{args.name}.md", report(result))
+    print(f"\n{report(result)}\nwritten to {args.out}: {args.name}.json, .md")
     wrong = [
         f"{name}, {record['shape']}"
         for record in result["records"]

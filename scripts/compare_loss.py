@@ -12,7 +12,6 @@ Runs plain `torchrun -m torchtitan.train` once for each converter, with the sett
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import queue
@@ -28,6 +27,7 @@ from launch import ROOT, Step, TrainingFailed
 from losses import THRESHOLD, gaps, is_close, last_tenth, mean_gap, smoothed
 from measure import table
 from provenance import provenance
+from result_files import add_out, write_json
 from runs import (
     BF16,
     COLORS,
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds a run may take (default: %(default)s)")
     parser.add_argument("--name", default="loss", help="of the files written (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results")
+    add_out(parser)
     parser.add_argument(
         "--runs", type=Path, default=ROOT / "outputs" / "compare_loss", help="folder for the runs' own files"
     )
@@ -273,10 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
         "grad_norm": {name: [[step.step, step.grad_norm] for step in steps] for name, steps in runs.items()},
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.name}.json").write_text(json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
+    write_json(args.out / f"{args.name}.json", plain(result))
     plot(runs, args.threshold, f"{model}, {mode}, {args.nproc} process(es)", args.out / f"{args.name}.png")
-    print(f"\n{overview(summaries)}\n")
+    print(f"\n{overview(summaries)}\n\nwritten to {args.out}: {args.name}.json, .png")
     for name, is_right in close.items():
         gap = summaries[name].gap
         found = f"{gap:+.3%} from bf16" if math.isfinite(gap) else "not at a finite distance from bf16"

@@ -31,6 +31,7 @@ from typing import Any
 
 from launch import ROOT, Step, TrainingFailed, step_times
 from provenance import hardware, machine, provenance, versions
+from result_files import add_out, write_json, write_text
 from runs import (
     CHECKPOINTING,
     Arm,
@@ -217,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds a run may take (default: %(default)s)")
     parser.add_argument("--name", default="throughput", help="of the files written (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results")
+    add_out(parser)
     parser.add_argument(
         "--runs", type=Path, default=ROOT / "outputs" / "compare_throughput", help="folder for the runs' own files"
     )
@@ -255,7 +256,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"intervals none begins after the first --skip {args.skip}, so that nothing is left to measure"
         )
 
-    args.out.mkdir(parents=True, exist_ok=True)
     here = machine()
     runs = reusable(before, list(keys.values()), here)
     if before:
@@ -283,10 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "scaling": scaling(runs, arms),
             "runs": [asdict(run) for run in runs],
         }
-        text = json.dumps(plain(result), indent=1, allow_nan=False) + "\n"
-        written = path.with_suffix(".part")
-        written.write_text(text)
-        written.replace(path)
+        write_json(path, plain(result))
 
     clock = Clock(args.seconds)
     for done in runs:
@@ -316,9 +313,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
 
-    (args.out / f"{args.name}.md").write_text(report(result) + "\n")
+    write_text(args.out / f"{args.name}.md", report(result) + "\n")
     plot(result, args.out / f"{args.name}.png")
-    print(f"\n{overview(result['summary'])}\n")
+    print(f"\n{overview(result['summary'])}\n\nwritten to {args.out}: {args.name}.json, .md, .png\n")
     if result["scaling"]:
         print(f"{scaling_table(result['scaling'])}\n")
     if left:

@@ -11,7 +11,6 @@ Writes NAME.json and NAME.md to --out; the traces stay in --runs. Exits with 2 w
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import torch
 from launch import ROOT, TrainingFailed, step_times
 from measure import table
 from provenance import provenance
+from result_files import add_out, write_json, write_text
 from runs import CHECKPOINTING, Arm, add_arguments, check_data, config_path, overrides_of, train_arm
 
 WARM_UP = 3  # steps in which torch.profiler runs and records nothing
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_arguments(parser, steps=12)
     parser.add_argument("--name", default="profile", help="of the files written (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results")
+    add_out(parser)
     parser.add_argument(
         "--runs", type=Path, default=ROOT / "outputs" / "profile_step", help="folder for the runs' own files"
     )
@@ -174,10 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **{"overrides": overrides, "failures": failures, "profiles": profiles},
     }
     if profiles:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (args.out / f"{args.name}.md").write_text(report(result))
-        print(f"\n{overview(profiles)}\n")
+        write_json(args.out / f"{args.name}.json", result)
+        write_text(args.out / f"{args.name}.md", report(result))
+        print(f"\n{overview(profiles)}\n\nwritten to {args.out}: {args.name}.json, .md")
     return 1 if failures else 0
 
 

@@ -4,11 +4,10 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
-from pathlib import Path
+
+from launch import ROOT
 
 from blockfp8_titan.environment import hardware, versions
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def commit() -> str | None:

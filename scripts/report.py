@@ -30,6 +30,11 @@ OTHER_COLORS = ("#0e7490", "#be185d", "#a16207", "#4d7c0f")
 DASHES = ("", "7 4", "2 3", "10 3 2 3")
 NEVER_ALIKE = {"job.dump_folder", "job.description", "job.config_file"}
 """Settings that differ between any two runs."""
+DECIDE_ON_LOSSES = (
+    *("model.name", "model.flavor", "optimizer.", "lr_scheduler.", "debug.seed"),
+    *("training.dataset", "training.seq_len", "training.steps", "training.max_norm"),
+)
+"""Settings, by how their names begin, that have losses differ whatever a run computes in."""
 NONE = "—"
 ROLES = {"x": "inputs", "w": "weights", "dy": "gradients of outputs"}
 SQNR_LIMITS = (20, 24, 26, 28, 30, 31)
@@ -68,6 +73,11 @@ def overview(group: Group, threshold: float) -> list[Block]:
                     "compared."
                 )
             )
+        elif base and gap is not None and (unlike := learning_differs(subject, base)):
+            gap = None
+            notes.append(
+                Text(f"{subject.name} does not learn what {base.name} does: {unlike}. Their losses are not compared.")
+            )
         if gap is not None and subject is not base:
             verdict = "✓ yes" if is_close(gap, threshold) else "✗ no"
         last = last_tenth(list(subject.loss.values()))
@@ -98,6 +108,21 @@ def overview(group: Group, threshold: float) -> list[Block]:
     if base is None and len(group.subjects) > 1:
         notes.append(Text("There is no bf16 run among them: no gap, no ratios."))
     return [table, *notes]
+
+
+def learning_differs(subject: Subject, base: Subject) -> str:
+    """What decides on losses besides numerics and is not the same; empty where nothing is known to differ."""
+    if subject is base:
+        return ""
+    both = sorted(subject.config.keys() & base.config.keys())
+    pairs = [(key, subject.config[key], base.config[key]) for key in both if key.startswith(DECIDE_ON_LOSSES)]
+    differing = [f"{key} is {ours} and {theirs}" for key, ours, theirs in pairs if ours != theirs]
+    tokens = subject.tokens_per_step, base.tokens_per_step
+    if None not in tokens and tokens[0] != tokens[1]:
+        differing.append(f"tokens a step are {tokens[0]:,.0f} and {tokens[1]:,.0f}")
+    if subject.config.get("debug.seed") == base.config.get("debug.seed") == "null":
+        differing.append("debug.seed is not set, so that they begin with other weights")
+    return "; ".join(differing)
 
 
 def losses(group: Group, threshold: float) -> list[Block]:

@@ -53,6 +53,7 @@ class Subject:
     conversion: ConversionReport | None = None
     health: Mapping[int, Health] = field(default_factory=dict)
     """By step."""
+    tokens_per_step: float | None = None
     measured: Mapping[str, str | None] = field(default_factory=dict)
     """Date and commit of a comparison."""
     remark: str = ""
@@ -111,8 +112,13 @@ def of_folder(folder: Path, name: str) -> Subject:
         hardware={**latest.get("hardware", {}), "processes": latest.get("world_size")},
         conversion=_conversion_of(folder / REPORT_FILE),
         health=read_health(folder),
+        tokens_per_step=_tokens_per_step(records[-1]),
         remark=f"started {len(starts)} times, at steps {first_steps}" if len(starts) > 1 else "",
     )
+
+
+def _tokens_per_step(record: Mapping[str, Any]) -> float | None:
+    return record["tokens_seen"] / record["step"] if record.get("tokens_seen") else None
 
 
 def _conversion_of(path: Path) -> ConversionReport | None:

@@ -254,6 +254,36 @@ def test_runs_of_other_lengths_get_no_verdict() -> None:
     assert note.text == "fp8 is logged to step 1,000 and bf16 to 100: their ends are not compared."
 
 
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"config": {"training.seq_len": "128", "debug.seed": "1"}}, "training.seq_len is 128 and 64"),
+        ({"config": {"optimizer.lr": "0.1", "debug.seed": "1"}}, "optimizer.lr is 0.1 and 0.01"),
+        ({"tokens_per_step": 512.0}, "tokens a step are 512 and 256"),
+        ({"config": {"debug.seed": "2"}}, "debug.seed is 2 and 1"),
+        ({}, ""),
+        ({"config": {"model.converters": "[]", "job.dump_folder": "x", "debug.seed": "1"}}, ""),
+    ],
+)
+def test_runs_that_learn_something_else_get_no_verdict(changed: dict, words: str) -> None:
+    common = {"loss": {step: 8.0 for step in range(1, 101)}, "tokens_per_step": 256.0}
+    config = {"training.seq_len": "64", "optimizer.lr": "0.01", "debug.seed": "1", "model.converters": "['a']"}
+    base = Subject("bf16", BF16, True, **common, config=config)
+    ours = Subject("fp8", "blockwise_fp8", False, **{**common, "config": config} | changed)
+    table, *notes = report.overview(Group("g", [base, ours]), 0.0025)
+    assert any("✓" in cell for cell in table.rows[1]) == (not words)
+    assert [note.text for note in notes] == (
+        [f"fp8 does not learn what bf16 does: {words}. Their losses are not compared."] if words else []
+    )
+
+
+def test_runs_without_a_seed_begin_with_other_weights() -> None:
+    common = {"loss": {step: 8.0 for step in range(1, 101)}, "config": {"debug.seed": "null"}}
+    subjects_ = [Subject("bf16", BF16, True, **common), Subject("fp8", "blockwise_fp8", False, **common)]
+    table, note = report.overview(Group("g", subjects_), 0.0025)
+    assert "✓" not in "".join(table.rows[1]) and "debug.seed is not set" in note.text
+
+
 @pytest.mark.parametrize("name", ["e2e_8b", "e2e_8b_choices", "e2e_8b_8l_hooks"])
 def test_ratios_and_percentiles_are_those_of_the_result(name: str) -> None:
     result = json.loads((RESULTS / f"{name}.json").read_text())
