@@ -261,6 +261,20 @@ def test_a_checkpoint_of_two_processes_is_exported(fp8: Run, corpus: Path, tmp_p
     assert (out / "tokenizer.json").is_file()
 
 
+def test_torchtitans_own_export_is_plain(train: Train, fp8: Run) -> None:
+    """`checkpoint.last_save_in_hf`, of sharded weights that are gathered in fp8."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    run = train(
+        "debug_blockwise_fp8", *initial_load(fp8), "--checkpoint.last_save_in_hf", "--optimizer.lr=0", steps=1, nproc=2
+    )
+    (file,) = run.checkpoint(1).glob("*.safetensors")
+    exported = safetensors.load_file(file)
+    master = {"layers.5.feed_forward.w1.weight": torch.empty(768, 256)}
+    dcp.load(master, checkpoint_id=fp8.checkpoint(STEPS), no_dist=True)
+    assert torch.equal(exported["model.layers.5.mlp.gate_proj.weight"], *master.values())
+    assert not any("scale" in key for key in exported)
+
+
 @pytest.fixture(scope="module")
 def alone(train: Train, corpus: Path) -> Run:
     validation = ("enable", "dataset=c4_test", f"dataset_path={corpus / 'corpus'}", "seq_len=64", "freq=4", "steps=2")
