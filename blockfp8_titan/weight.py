@@ -272,7 +272,6 @@ def is_gathered_in_fp8(weight: Tensor) -> bool:
     return isinstance(weight._local_tensor if isinstance(weight, DTensor) else weight, BlockwiseFP8Weight)
 
 
-@torch.no_grad()
 def refresh_scales(*modules: nn.Module) -> None:
     """Compute the multipliers of the weights in these modules: one all-reduce per shard mesh.
 
@@ -288,6 +287,7 @@ def refresh_scales(*modules: nn.Module) -> None:
     _refresh(modules, stale_only=False)
 
 
+@torch.no_grad()
 def _refresh(modules: tuple[nn.Module, ...], *, stale_only: bool) -> None:
     """stale_only: leave those out that have not changed, by what this rank knows."""
     by_group: dict[dist.ProcessGroup, list[tuple[WeightScales, DTensor]]] = {}

@@ -82,6 +82,15 @@ def test_product(kind, shape, out_dtype, device, backend):
     assert_close(expected, out)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_computes_in_fp32_under_autocast(kind):
+    a_q, a_dq, b_q, b_dq = operands(kind, 32, 48, 272)
+    gemm = getattr(ops, f"gemm_{kind}")
+    expected = gemm(a_q, a_dq, b_q, b_dq, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gemm(a_q, a_dq, b_q, b_dq, torch.float32), expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", ["triton", "cublas", "auto"])
