@@ -76,6 +76,14 @@ class HealthLog:
 
     def _warn(self, health: Health, step: int) -> None:
         by_layer: dict[str, list[Crossing]] = {}
+        if diverged := _where_nonfinite_in_most(health):
+            if ("diverged",) not in self._warned:
+                self._warned.add(("diverged",))
+                logger.warning(
+                    f"fp8 health at step {step}: {len(diverged)} of {len(health)} layers have NaN or Inf, {diverged[0]} among them: "
+                    "the run has diverged, which no rule mends; go back to a checkpoint from before"
+                )
+            return
         for crossing in self.limits.crossings(health):
             key = (crossing.fqn, crossing.role, crossing.what)
             if key not in self._warned:
@@ -92,6 +100,12 @@ class HealthLog:
                 f"fp8 health at step {step}: {len(more)} more layers are beyond a limit: {', '.join(more)}; "
                 "python -m blockfp8_titan.suggest_rules writes rules"
             )
+
+
+def _where_nonfinite_in_most(health: Health) -> list[str]:
+    """The layers with NaN or Inf where they are more than half of at least four; else none."""
+    found = [fqn for fqn, tensors in health.items() if any(tensor.nonfinite for tensor in tensors.values())]
+    return found if len(health) >= 4 and len(found) > len(health) / 2 else []
 
 
 def tensors_of(health: Health) -> Iterator[tuple[str, str, TensorHealth]]:

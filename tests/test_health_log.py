@@ -18,7 +18,7 @@ from torchtitan.tools.utils import NoColor
 from blockfp8_titan import BlockwiseFP8Linear, suggest_rules
 from blockfp8_titan.conversion import plan_conversion
 from blockfp8_titan.health_limits import Limits, skip_rule, to_toml
-from blockfp8_titan.health_log import curves, from_record, to_record, watch_health
+from blockfp8_titan.health_log import HealthLog, curves, from_record, to_record, watch_health
 from blockfp8_titan.journal import Journal, read
 from blockfp8_titan.metrics import RunLog, RunRecorder
 from blockfp8_titan.quantization_error import TensorHealth
@@ -104,6 +104,18 @@ def test_a_resumed_run_tells_nothing_of_its_first_step_and_no_step_twice(process
         (8, True),
     ]
     assert [record["step"] for record in read(tmp_path / "health.superseded.jsonl")] == [8]
+
+
+def test_a_run_that_diverged_is_warned_of_once_and_without_rules(caplog) -> None:
+    log = HealthLog(1, lambda: [], None)
+    everywhere = health_of(**{f"layers_{i}_w1_{role}": NAN for i in (1, 2, 3) for role in ("x", "dy")})
+    for step in (1, 2):
+        log._warn(everywhere, step)
+    (warning,) = [record.message for record in caplog.records]
+    assert "step 1: 3 of 4 layers have NaN or Inf, layers.1.w1 among them: the run has diverged" in warning
+    # Not where it is a few layers.
+    log._warn(SICK, 3)
+    assert sum("rules = [" in record.message for record in caplog.records) == 2
 
 
 def test_a_layer_beyond_a_limit_is_warned_of_once_with_its_rule(processor, caplog) -> None:
