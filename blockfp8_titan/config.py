@@ -39,7 +39,7 @@ class BlockwiseFP8:
 
     gemm_backend: GemmBackend = "auto"
     """
-    Who multiplies: "auto" takes what suits the device; "triton" and "cublas" are errors where they cannot run;
+    Which kernels multiply: "auto" takes what suits the device; "triton" and "cublas" are errors where they cannot run;
     "reference" is plain PyTorch, on any device, slow.
     """
 

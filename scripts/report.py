@@ -12,6 +12,7 @@ import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from runs import COLORS
 from subjects import Group, Subject, flatten, groups_of
 from torchtitan.config import JobConfig
 
+from blockfp8_titan.config import BlockwiseFP8
 from blockfp8_titan.health_log import ranking, tensors_of
 from blockfp8_titan.quantization_error import TensorHealth
 
@@ -174,7 +176,8 @@ def throughput(group: Group) -> list[Block]:
 
 
 def settings(group: Group) -> list[Block]:
-    """What differs between the runs; of one run alone, what differs from torchtitan's defaults."""
+    """What differs between the runs; of one run alone, what differs from torchtitan's defaults. Defaults of our section, which a run
+    without it lacks, do not differ."""
     configs = {subject.name: subject.config for subject in group.subjects if subject.config}
     if not configs:
         return []
@@ -183,10 +186,11 @@ def settings(group: Group) -> list[Block]:
         configs["default"] = flatten(JobConfig().to_dict())
         title = "Settings other than torchtitan's defaults"
     keys = sorted({key for config in configs.values() for key in config} - NEVER_ALIKE)
+    ours = flatten({"blockwise_fp8": asdict(BlockwiseFP8())})
     rows = []
     for key in keys:
         values = [config.get(key, NONE) for config in configs.values()]
-        if len(set(values)) > 1:
+        if len(set(values)) > 1 and not set(values) <= {NONE, ours.get(key)}:
             rows.append((key, *(value or '""' for value in values)))
     if not rows:
         return [Heading(3, title), Text("None.")]

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import subjects
 import torch.nn as nn
 from launch import ROOT
 from runs import BF16
-from subjects import Group, Subject
+from subjects import Group, Subject, flatten
 
 from blockfp8_titan import Rule, convert_model
+from blockfp8_titan.config import BlockwiseFP8
 from blockfp8_titan.journal import Journal
 
 RESULTS = ROOT / "scripts" / "results"
@@ -198,6 +200,14 @@ def test_two_runs_are_compared(tmp_path: Path, bf16: Path, fp8: Path) -> None:
     settings = markdown.split("### Settings that differ")[1].split("##")[0]
     assert re.findall(r"^\| (\w+\.\S+) \|", settings, re.MULTILINE) == ["model.converters"]
     assert "|  | all runs |" in markdown
+
+
+def test_defaults_of_the_section_that_bf16_lacks_do_not_differ() -> None:
+    section = flatten({"blockwise_fp8": asdict(BlockwiseFP8(wgrad="fp8_block"))})
+    base, ours = Subject("bf16", BF16, True, config={"a.b": "1"}), Subject("fp8", "blockwise_fp8", False)
+    ours.config = {"a.b": "1", **section}
+    _, table = report.settings(Group("g", [base, ours]))
+    assert table.rows == [("blockwise_fp8.wgrad", "—", "fp8_block")]
 
 
 def test_a_run_beyond_the_threshold_is_told(tmp_path: Path, bf16: Path) -> None:
