@@ -15,11 +15,9 @@ from torch import Tensor
 
 from . import ops
 from .activation import QuantizedInput, quantize_input
+from .ops.library import FLOATS
 from .recipe import Recipe
 from .recomputation import Recomputation
-
-FLOATS = (torch.bfloat16, torch.float32)
-"""The dtypes of inputs, weights and outputs."""
 
 
 class KnownWeight(NamedTuple):

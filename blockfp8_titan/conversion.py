@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
-from .autograd import FLOATS
 from .fqns import collapse
 from .fusion import Fusion, apply_fusions, describe_fusions, plan_fusions
 from .linear import BlockwiseFP8Linear
+from .ops.library import FLOATS
 from .recipe import Fuse, Recipe, SwiGLUInputs, check_recipe
 from .rules import PlacedRule, Rule, check_rules_apply, decide, rules_from
 from .weight import gather_in_fp8

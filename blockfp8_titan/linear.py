@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .activation import QuantizedInput
-from .autograd import FLOATS, KnownWeight, blockwise_fp8_matmul, matmul_obstacle, operand_obstacle
+from .autograd import KnownWeight, blockwise_fp8_matmul, matmul_obstacle, operand_obstacle
 from .formats import ALIGNMENT
+from .ops.library import FLOATS
 from .recipe import Recipe, check_recipe
 from .recomputation import Recomputation
 from .tensor_parallel import check_weight_shards, sharded_matmul

@@ -29,8 +29,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from . import ops, reference
-from .autograd import FLOATS
 from .formats import BLOCK, ceil_div
+from .ops.library import FLOATS
 from .recipe import ScaleFormat
 
 aten = torch.ops.aten

@@ -12,9 +12,9 @@ from ..formats import ALIGNMENT, BLOCK, ceil_div
 from ..recipe import GemmBackend
 from .backend import GemmKind, ResolvedBackend, is_datacenter, is_hopper, multiprocessors, resolve_gemm_backend
 from .layouts import column_major
-from .library import check_matrix, define, kernels, launch, on_device_of
+from .library import FLOATS, check_matrix, define, kernels, launch, on_device_of
 
-_PAYLOADS, _MULTIPLIERS, _OUTPUTS = (torch.float8_e4m3fn,), (torch.float32,), (torch.bfloat16, torch.float32)
+_PAYLOADS, _MULTIPLIERS = (torch.float8_e4m3fn,), (torch.float32,)
 
 
 def gemm_1x128_128x128(
@@ -103,7 +103,7 @@ def _check(a_q: Tensor, a_dq: Tensor, b_q: Tensor, b_dq: Tensor, b_dq_rows: int,
     for name, tensor in (("a_dq", a_dq), ("b_q", b_q), ("b_dq", b_dq)):
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and a_q on {device}: must be on one device")
-    if out_dtype not in _OUTPUTS:
+    if out_dtype not in FLOATS:
         raise ValueError(f"out_dtype = {out_dtype}: must be torch.bfloat16 or torch.float32")
 
 

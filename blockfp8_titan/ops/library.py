@@ -13,7 +13,7 @@ from torch import Tensor
 from ..formats import ALIGNMENT
 
 FLOATS = (torch.bfloat16, torch.float32)
-"""What the quantising ops take."""
+"""What is quantised, and what GEMMs return."""
 
 _library = torch.library.Library("blockfp8", "DEF")
 
