@@ -226,7 +226,7 @@ class Bench:
 
         self.section(self.quantize, shapes, seconds, one)
 
-    def measure_host(self, seconds: float, size: int = 256, calls: int = 300) -> None:
+    def measure_host(self, seconds: float, size: int, calls: int) -> None:
         """The host's µs for a call: the median of eager calls at a size where the GPU keeps up, not synchronised."""
         budget = Budget(seconds)
         found = self.host_us
@@ -277,6 +277,7 @@ def bench(
     seconds: float,
     copied: tuple[int, int] = (16384, 14336),
     host_size: int = 256,
+    host_calls: int = 300,
     save: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Measure and return the result, ready for JSON; kernels and peaks, which need a GPU, are empty.
@@ -326,7 +327,7 @@ def bench(
         if "quantize" in sections:
             run.measure_quantize(quantized, share("quantize"))
         if "host" in sections:
-            run.measure_host(share("host"), host_size)
+            run.measure_host(share("host"), host_size, host_calls)
     except KeyboardInterrupt:
         run.say("interrupted")
         return result(interrupted=True)

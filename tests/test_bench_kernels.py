@@ -226,6 +226,7 @@ def result() -> dict:
         seconds=60,
         copied=(64, 64),
         host_size=128,
+        host_calls=5,
     )
 
 
