@@ -1,6 +1,7 @@
 """The kernels without a GPU: compiled for every supported chip, and run in Triton's interpreter."""
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -359,22 +360,57 @@ FURTHER_VERSIONS = [
 ]
 
 
-@pytest.mark.parametrize("version", FURTHER_VERSIONS)
-def test_compiles_for_hopper_with_other_versions_of_triton(version):
+def folder_of(version):
+    return Path(sys.prefix) / f"triton-{version}"
+
+
+def start_with_triton(version):
     """This file's tests of sm_90a, in a process that imports that version."""
-    folder = Path(sys.prefix) / f"triton-{version}"
-    if not folder.exists():
-        pytest.skip(f"Triton {version} is not in {folder}: bash scripts/setup_env.sh --tritons puts it there")
     code = "import pytest, sys, triton; assert triton.__version__ == sys.argv[1]; sys.exit(pytest.main(sys.argv[2:]))"
     options = ["-q", "-p", "no:cacheprovider", "-k", "test_hopper or 90-", __file__]
-    run = subprocess.run(
-        [sys.executable, "-c", code, version, *options],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0 and f"{len(CASES) + 11} passed" in run.stdout, run.stdout[-5000:] + run.stderr[-2000:]
+    path = os.pathsep.join([str(folder_of(version)), os.environ.get("PYTHONPATH", "")])
+    return start([sys.executable, "-c", code, version, *options], PYTHONPATH=path)
+
+
+def start(command, **environment):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
+
+
+IN_PROCESSES = {
+    "test_kernels_equal_their_twins_in_the_interpreter": lambda: start(
+        [sys.executable, "-m", "tests.interpreted"], TRITON_INTERPRET="1"
+    ),
+    **{
+        f"test_compiles_for_hopper_with_other_versions_of_triton[{version}]": functools.partial(
+            start_with_triton, version
+        )
+        for version in FURTHER_VERSIONS
+        if folder_of(version).exists()
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def begun(request):
+    """The processes that selected tests wait for, by test: begun first, beside the tests of this one."""
+    selected = {item.name for item in request.session.items}
+    processes = {name: begin() for name, begin in IN_PROCESSES.items() if name in selected}
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("version", FURTHER_VERSIONS)
+def test_compiles_for_hopper_with_other_versions_of_triton(version, request, begun):
+    if request.node.name not in begun:
+        pytest.skip(
+            f"Triton {version} is not in {folder_of(version)}: bash scripts/setup_env.sh --tritons puts it there"
+        )
+    run = begun[request.node.name]
+    out, err = run.communicate()
+    assert run.returncode == 0 and f"{len(CASES) + 11} passed" in out, out[-5000:] + err[-2000:]
 
 
 def test_the_oldest_supported_triton_is_compiled_for():
@@ -388,15 +424,10 @@ def test_hopper_runs_on_its_own_matrix_instructions():
     assert "wgmma.mma_async" in ptx and "e4m3.e4m3" in ptx
 
 
-def test_kernels_equal_their_twins_in_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.interpreted"],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0 and run.stdout.endswith("all equal\n"), run.stderr[-3000:]
+def test_kernels_equal_their_twins_in_the_interpreter(request, begun):
+    run = begun[request.node.name]
+    out, err = run.communicate()
+    assert run.returncode == 0 and out.endswith("all equal\n"), err[-3000:]
 
 
 def test_no_kernel_that_packs_columns_is_compiled_for_a_single_row():
