@@ -17,6 +17,7 @@ interrupted.
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -261,7 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if before:
         print(f"{path}: {len(runs)} runs are done")
     if dropped := sum(run.speed is not None and run not in runs for run in before):
-        aside = path.with_suffix(".previous.json")
+        names = (path.with_suffix(f".previous{number}.json") for number in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
         path.replace(aside)
         print(f"{dropped} others there fit this command no more; all are kept in {aside}")
     result: dict[str, Any] = {}

@@ -424,7 +424,11 @@ def test_runs_take_turns_and_a_second_call_goes_on(
     assert compare.main([*command, "--rounds", "1", "--set", "training.seq_len=64"]) == 0
     assert len(trained) == 9
     assert "0 runs are done\n6 others there fit this command no more; all are kept in" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "t.previous.json").read_text())["runs"]) == 6
+    assert len(json.loads((tmp_path / "t.previous1.json").read_text())["runs"]) == 6
+    # And what was kept before stays.
+    assert compare.main([*command, "--rounds", "1", "--set", "training.seq_len=32"]) == 0
+    kept = [json.loads((tmp_path / f"t.previous{number}.json").read_text())["runs"] for number in (1, 2)]
+    assert [len(runs) for runs in kept] == [6, 2]
 
 
 def test_what_was_measured_before_an_interruption_is_reported(
