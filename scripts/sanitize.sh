@@ -42,7 +42,7 @@ source=blockfp8_titan/kernels/gemm_hopper.py
 # Numbers of the lines with those places; what a kernel does before its first statement stands at its name.
 misjudged=$(awk '/gl\.warp_specialize\($/ { inside = 1 }
     inside || /^def _gemm_hopper_kernel|tile_buf\.load|tile_bufs\..*\.store/ { printf "%d ", NR }
-    inside && /^    \)/ { inside = 0 }' $source)
+    inside && /^ *\)( |$)/ { inside = 0 }' $source)
 
 # How many reports in a log are of those places alone.
 count_misjudged() {
