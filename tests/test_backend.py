@@ -90,7 +90,9 @@ def test_description_names_backend_device_and_reason(gpu):
     )
     gpu((9, 0))
     assert describe_gemm_backend("triton", GPU) == "triton on Test GPU, as configured"
-    assert describe_gemm_backend("auto", GPU) == "triton on Test GPU, chosen by auto"
+    assert describe_gemm_backend("auto", GPU) == (
+        "triton on Test GPU, chosen by auto, which takes cublas for a dw of few tiles"
+    )
 
 
 def test_description_names_both_backends_where_they_differ(gpu, monkeypatch):
