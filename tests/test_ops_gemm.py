@@ -103,11 +103,12 @@ def test_tiles_by_what_the_busiest_multiprocessor_computes():
     pytest.importorskip("triton", reason="Triton is not installed on this platform")
     from blockfp8_titan.kernels.gemm_hopper import HIGH, LOW, tiling_of
 
-    assert tiling_of(16384, 4096, False, 132) is LOW  # 21 waves of 192 rows, 16 of 256
-    assert tiling_of(16384, 14336, False, 132) is LOW
-    assert tiling_of(16384, 1024, False, 132) is HIGH  # 6 waves of 192, 4 of 256
-    assert tiling_of(256, 128, False, 132) is LOW
-    assert tiling_of(16384, 4096, True, 132) is HIGH
+    assert tiling_of(16384, 4096, 4096, False, 132) is LOW  # 21 waves of 192 rows, 16 of 256
+    assert tiling_of(16384, 14336, 4096, False, 132) is LOW
+    assert tiling_of(16384, 1024, 4096, False, 132) is HIGH  # 6 waves of 192, 4 of 256
+    assert tiling_of(16384, 4096, 1024, False, 132) is HIGH  # as much to store, less to multiply
+    assert tiling_of(192, 128, 128, False, 132) is LOW
+    assert tiling_of(16384, 4096, 4096, True, 132) is HIGH
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def multiply_scaled(
         return
     M, K = a_shape = a_q.shape
     N, _ = b_shape = b_q.shape
-    tiling = tiling_of(M, N, b_per_row, multiprocessors)
+    tiling = tiling_of(M, N, K, b_per_row, multiprocessors)
     a_dq_desc, a_dq_k = _columns(a_dq, A_DQ_ROWS.value)
     if b_per_row:
         b_dq_desc, b_dq_k = _columns(b_dq, BN.value)
