@@ -126,7 +126,7 @@ def _cublas_misfit(a_q: Tensor, b_q: Tensor) -> str | None:
 
 def _is_one_wave(a_q: Tensor, b_q: Tensor) -> bool:
     """Whether cuBLASLt runs here and all tiles of the Hopper kernel's dw run at once. Its own tiles are half as high, so that two of
-    them share a multiprocessor where one of ours has it alone: the faster by scripts/results/bench_kernels.json (8B's wk.dw)."""
+    them share a multiprocessor where one of ours has it alone: the faster by scripts/results/bench_kernels_256x128.json (8B's wk.dw)."""
     tiles = ceil_div(a_q.shape[0], 256) * ceil_div(b_q.shape[0], 128)
     return cublas_obstacle(a_q.device) is None and tiles <= multiprocessors(a_q.device)
 
