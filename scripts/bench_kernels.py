@@ -2,6 +2,7 @@
 
     python scripts/bench_kernels.py
     python scripts/bench_kernels.py --only gemm --shapes "70B w1" "8B wq" --seconds 60
+    python scripts/bench_kernels.py --suite llama --only gemm --candidates ours tensorwise
     python scripts/bench_kernels.py --suite full --seconds 580 --name bench_kernels_full
 
 Candidates take turns on the same random data, in a new order each round: a chip at its power limit slows down as it warms and
@@ -133,12 +134,14 @@ def measure(
 class Bench:
     """One run: who takes part, who is absent, what was measured and what left out.
 
+    only: names of those that take part beside the bases; empty for all.
     after_shape: called whenever there is more in gemm, quantize or host_us.
     """
 
     device: torch.device
     timer: Timer
     absent: dict[str, str] = field(default_factory=dict)
+    only: Sequence[str] = ()
     after_shape: Callable[[], None] = lambda: None
     dropped: dict[str, str] = field(default_factory=dict)
     gemm: list[dict[str, Any]] = field(default_factory=list)
@@ -147,8 +150,9 @@ class Bench:
     started: float = field(default_factory=time.monotonic)
 
     def contenders(self, among: Sequence[Contender], kind: str | None = None) -> list[Contender]:
-        """Those that are here and, with kind, take part in it."""
-        return [c for c in among if c.peer not in self.absent and (kind is None or kind in c.kinds)]
+        """Those that are here, are to take part and, with kind, take part in it."""
+        names = {*self.only, BASE, COPY} if self.only else {c.name for c in among}
+        return [c for c in among if c.peer not in self.absent and c.name in names and (kind is None or kind in c.kinds)]
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.started:5.0f} s] {text}", flush=True)
@@ -275,6 +279,7 @@ def bench(
     gemms: Sequence[Shape],
     quantized: Sequence[Shape],
     seconds: float,
+    only: Sequence[str] = (),
     copied: tuple[int, int] = (16384, 14336),
     host_size: int = 256,
     host_calls: int = 300,
@@ -286,7 +291,7 @@ def bench(
     """
     origin = provenance()
     present, absent = find_peers()
-    run = Bench(device, timer, absent)
+    run = Bench(device, timer, absent, only)
     for name, version in present.items():
         run.say(f"{name} {version}")
     for name, why in absent.items():
@@ -304,6 +309,7 @@ def bench(
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "peak_tflops": None,
             "suite": suite,
+            "only": list(only),
             "seconds": time.monotonic() - run.started,
             "interrupted": interrupted,
             "sampling": {"flush_bytes": FLUSH_BYTES, "sample_us": SAMPLE_US, "rounds": [MIN_ROUNDS, MAX_ROUNDS]},
@@ -346,6 +352,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--shapes", nargs="+", default=[], metavar="TEXT", help='those whose use has it: "70B w1", ".dw"'
     )
     parser.add_argument(
+        "--candidates",
+        nargs="+",
+        default=[],
+        choices=sorted({c.name for c in (*GEMMS, *QUANTIZERS)}),
+        help=f"who takes part, beside {BASE} and {COPY} (default: all)",
+    )
+    parser.add_argument(
         "--seconds",
         type=duration,
         default=150,
@@ -384,6 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gemms=gemms,
         quantized=quantized,
         seconds=args.seconds,
+        only=args.candidates,
         save=save,
     )
     save(result)

@@ -165,6 +165,8 @@ def report(result: dict[str, Any]) -> str:
     ]
     if result["interrupted"]:
         parts.append("This run was not finished.")
+    if result["only"]:
+        parts.append(f"Only these took part: {', '.join(result['only'])}; and the bases.")
     if result["absent"]:
         parts.append("Absent:\n" + "\n".join(f"- {name}: {why}" for name, why in result["absent"].items()))
     if result["dropped"]:

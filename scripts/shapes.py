@@ -43,6 +43,7 @@ MODELS = {
 }
 SUITES = {
     "quick": (("8B", 16384), ("70B", 8192)),
+    "llama": tuple(itertools.product(("8B", "70B"), (8192, 16384))),
     "full": tuple(itertools.product(MODELS, (4096, 8192, 16384))),
 }
 

@@ -234,6 +234,7 @@ def result() -> dict:
     "arguments, words",
     [
         (["--only", "host", "--shapes", "8B wq"], "--shapes: host times are taken on one small shape"),
+        (["--candidates", "deepgemm"], "invalid choice: 'deepgemm'"),
         (["--shapes", "8B wx"], "--shapes 8B wx: no shape of suite quick has any of these"),
         (["--seconds", "-5"], "--seconds: -5: must be more than 0"),
         (["--seconds", "nan"], "--seconds: nan: must be more than 0"),
@@ -260,6 +261,13 @@ def test_a_run_measures_what_is_here_and_names_what_is_not(result: dict) -> None
     assert result["host_us"]["quantize"]["quantize_1x128"] > 0
     assert not result["interrupted"]
     assert any(name.startswith(f"host {BASE}") for name in result["dropped"])
+
+
+def test_only_those_asked_for_and_the_bases_take_part() -> None:
+    run = bench.Bench(CPU, ConstantTimer(1.0), only=["ours", "quantize_1x128"])
+    assert [c.name for c in run.contenders(candidates.GEMMS, FORWARD)] == [OURS, BASE]
+    assert [c.name for c in run.contenders(candidates.QUANTIZERS, "x")] == [COPY, "quantize_1x128"]
+    assert len(gemm_shapes(SUITES["llama"])) == 36
 
 
 def test_results_are_saved_as_they_come_and_an_interrupt_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
