@@ -39,10 +39,11 @@ fi
 found=9  # what compute-sanitizer exits with
 warp_specialized=_gemm_hopper_kernel
 source=blockfp8_titan/kernels/gemm_hopper.py
-# Numbers of the lines with those places; what a kernel does before its first statement stands at its name.
-misjudged=$(awk '/gl\.warp_specialize\($/ { inside = 1 }
-    inside || /^def _gemm_hopper_kernel|tile_buf\.load|tile_bufs\..*\.store/ { printf "%d ", NR }
-    inside && /^    \)/ { inside = 0 }' $source)
+# Numbers of the lines with those places; what a kernel does before its first statement stands at its name, and what is added where
+# warps part at the condition around it.
+misjudged=$(awk '/^    if WARPGROUPS == 2:$/ { inside = 1 }
+    /^$/ { inside = 0 }
+    inside || /^def _gemm_hopper_kernel|tile_buf\.load|tile_bufs\..*\.store/ { printf "%d ", NR }' $source)
 
 # How many reports in a log are of those places alone.
 count_misjudged() {

@@ -9,6 +9,7 @@ report means something. Without PyTorch's cache of memory (PYTORCH_NO_CUDA_MEMOR
 import importlib
 import pkgutil
 import sys
+from collections.abc import Callable
 
 import torch
 from triton.runtime.jit import JITFunction
@@ -87,6 +88,14 @@ def produce(M: int, K: int, dtype: torch.dtype) -> None:
         check_equal("swiglu_backward_quantize_1x128_both, of payloads", outs, quantize(twin))
 
 
+def with_tiles_of(tiling: gemm_hopper.Tiling) -> Callable[..., torch.Tensor]:
+    def run(*args: object) -> torch.Tensor:
+        gemm_hopper_launch.tiling_of = lambda *sizes: tiling
+        return gemm_ops._triton(*args)
+
+    return run
+
+
 def gemm(M: int, N: int, K: int, dtypes: tuple[torch.dtype, ...]) -> None:
     a, b = torch.randn(M, K), torch.randn(N, K)
     a_q, a_dq = ops.quantize_1x128(a)
@@ -98,7 +107,10 @@ def gemm(M: int, N: int, K: int, dtypes: tuple[torch.dtype, ...]) -> None:
         on_gpu = [x.cuda() for x in args]
         for dtype in dtypes:
             expected = twin(*args, torch.float32)
-            for run in (gemm_ops._triton, gemm_ops._portable):
+            runs = [gemm_ops._portable, with_tiles_of(gemm_hopper.HIGH)]
+            if not per_row:
+                runs.append(with_tiles_of(gemm_hopper.LOW))
+            for run in runs:
                 error = relative_error(expected, run(*on_gpu, per_row, dtype).cpu())
                 assert error < GEMM_RELATIVE_ERROR, (run.__name__, per_row, dtype, M, N, K, error)
 

@@ -229,7 +229,7 @@ def compile_for(capability, kernel, types, constants, options):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def compile_for_hopper(c_dtype, b_per_row):
+def compile_for_hopper(c_dtype, b_per_row, tiling):
     """gemm_hopper's kernel, as its launcher has it compiled."""
 
     def descriptor(dtype, shape, layout):
@@ -237,23 +237,24 @@ def compile_for_hopper(c_dtype, b_per_row):
 
     name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[c_dtype]
     signature = {
-        "a_desc": descriptor("fp8e4nv", (256, 128), gemm_hopper.E4M3_TILE),
+        "a_desc": descriptor("fp8e4nv", (64 * tiling.parts, 128), gemm_hopper.E4M3_TILE),
         "b_desc": descriptor("fp8e4nv", (128, 128), gemm_hopper.E4M3_TILE),
-        "c_desc": descriptor(name, (64, gemm_hopper.C_COLUMNS[c_dtype]), gemm_hopper.C_TILE[c_dtype]),
+        "c_desc": descriptor(name, (64, tiling.c_columns(c_dtype)), tiling.c_layout(c_dtype)),
         "a_dq_desc": descriptor("fp32", (256,), gemm_hopper.FP32_VECTOR),
         "b_dq_desc": descriptor("fp32", (128,), gemm_hopper.FP32_VECTOR) if b_per_row else "constexpr",
         "b_dq_ptr": "*fp32",
         "counter_ptr": "*i32",
         **{size: "i32" for size in ("M", "N", "K", "a_dq_k", "b_dq_n", "b_dq_k")},
-        "B_PER_ROW": "constexpr",
+        **dict.fromkeys(("B_PER_ROW", "WARPGROUPS", "PARTS", "STAGES"), "constexpr"),
     }
-    constants = {"B_PER_ROW": b_per_row} | ({} if b_per_row else {"b_dq_desc": None})
+    constants = dict(zip(("B_PER_ROW", "WARPGROUPS", "PARTS", "STAGES"), (b_per_row, *tiling.constants), strict=True))
+    constants |= {} if b_per_row else {"b_dq_desc": None}
     names = list(signature)
     source = GluonASTSource(
         gemm_hopper._gemm_hopper_kernel, signature, {(names.index(k),): v for k, v in constants.items()}, {}
     )
     with gemm_hopper.assembler_for(b_per_row):
-        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=gemm_hopper.OPTIONS)
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=tiling.options)
 
 
 def compile_both_for_hopper(kernel, types, constants):
@@ -316,13 +317,15 @@ def test_compiles_for_every_supported_chip(capability, case, tmp_path):
     assert_well_assembled(compiled, log.getvalue(), tmp_path)
 
 
-@pytest.mark.parametrize("b_per_row", [False, True])
+@pytest.mark.parametrize(
+    "b_per_row, tiling", [(False, gemm_hopper.LOW), (False, gemm_hopper.HIGH), (True, gemm_hopper.HIGH)]
+)
 @pytest.mark.parametrize("c_dtype", [torch.bfloat16, torch.float32])
-def test_hopper_gemm_is_well_assembled(c_dtype, b_per_row, tmp_path):
+def test_hopper_gemm_is_well_assembled(c_dtype, b_per_row, tiling, tmp_path):
     with assembler_log() as log:
-        compiled = compile_for_hopper(c_dtype, b_per_row)
+        compiled = compile_for_hopper(c_dtype, b_per_row, tiling)
     assert compiled.metadata.shared <= SHARED_MEMORY[90] * 1024
-    assert sass_resources(compiled, tmp_path)[0] <= 168
+    assert sass_resources(compiled, tmp_path)[0] <= tiling.registers
     assert_well_assembled(compiled, log.getvalue(), tmp_path)
 
 
@@ -410,7 +413,7 @@ def test_compiles_for_hopper_with_other_versions_of_triton(version, request, beg
         )
     run = begun[request.node.name]
     out, err = run.communicate()
-    assert run.returncode == 0 and f"{len(CASES) + 11} passed" in out, out[-5000:] + err[-2000:]
+    assert run.returncode == 0 and f"{len(CASES) + 13} passed" in out, out[-5000:] + err[-2000:]
 
 
 def test_the_oldest_supported_triton_is_compiled_for():

@@ -3,6 +3,7 @@ import torch
 
 from blockfp8_titan import ops, reference
 from blockfp8_titan.numerics import GEMM_RELATIVE_ERROR, relative_error
+from blockfp8_titan.ops import gemm as gemm_ops
 from blockfp8_titan.ops.backend import cublas_obstacle, is_hopper
 
 from .data import CHECKS, draw
@@ -80,6 +81,56 @@ def test_product(kind, shape, out_dtype, device, backend):
     expected = exact(kind, *args)
     assert out.shape == expected.shape and out.dtype == out_dtype and out.is_contiguous()
     assert_close(expected, out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["LOW", "HIGH"])
+def test_product_with_either_tile(name, shape, out_dtype, monkeypatch):
+    if not is_hopper(torch.device("cuda")):
+        pytest.skip("tiles are chosen on Hopper alone")
+    from blockfp8_titan.kernels import gemm_hopper, gemm_hopper_launch
+
+    tiling = getattr(gemm_hopper, name)
+    monkeypatch.setattr(gemm_hopper_launch, "tiling_of", lambda *args: tiling)
+    monkeypatch.setattr(gemm_hopper_launch, "_launches", {})
+    args = operands("1x128_128x128", *shape, device="cuda")
+    assert_close(exact("1x128_128x128", *args), gemm("1x128_128x128", *args, out_dtype, backend="triton"))
+
+
+def test_tiles_by_what_the_busiest_multiprocessor_computes():
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    from blockfp8_titan.kernels.gemm_hopper import HIGH, LOW, tiling_of
+
+    assert tiling_of(16384, 4096, 4096, False, 132) is LOW  # 21 waves of 192 rows, 16 of 256
+    assert tiling_of(16384, 14336, 4096, False, 132) is LOW
+    assert tiling_of(16384, 1024, 4096, False, 132) is HIGH  # 6 waves of 192, 4 of 256
+    assert tiling_of(16384, 4096, 1024, False, 132) is HIGH  # as much to store, less to multiply
+    assert tiling_of(192, 128, 128, False, 132) is LOW
+    assert tiling_of(16384, 4096, 4096, True, 132) is HIGH
+
+
+@pytest.mark.parametrize(
+    "kind, rows, columns, chosen",
+    [
+        ("1x128_1x128", 1024, 4096, "cublas"),
+        ("1x128_1x128", 4096, 1024, "cublas"),
+        ("1x128_1x128", 1032, 4096, "triton"),  # 160 tiles
+        ("1x128_1x128", 1022, 4096, "triton"),  # cuBLASLt wants multiples of 4
+        ("1x128_1x128", 4096, 4096, "triton"),
+        ("1x128_128x128", 1024, 4096, "triton"),
+    ],
+)
+def test_auto_gives_a_dw_of_few_tiles_to_cublas(kind, rows, columns, chosen, monkeypatch):
+    monkeypatch.setattr(gemm_ops, "resolve_gemm_backend", lambda *args: "triton")
+    monkeypatch.setattr(gemm_ops, "cublas_obstacle", lambda device: None)
+    monkeypatch.setattr(gemm_ops, "multiprocessors", lambda device: 132)
+    a_q, b_q = (torch.empty(size, 256, dtype=torch.float8_e4m3fn, device="meta") for size in (rows, columns))
+    assert gemm_ops._choose(a_q, b_q, "auto", kind) == chosen
+    assert gemm_ops._choose(a_q, b_q, "triton", kind) == "triton"
+    monkeypatch.setattr(gemm_ops, "cublas_obstacle", lambda device: "it is not here")
+    assert gemm_ops._choose(a_q, b_q, "auto", kind) == "triton"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -97,6 +97,7 @@ GEMM = "_gemm_hopper_kernel"
     [
         ("def _gemm_hopper_kernel", None),
         ("def _gemm_hopper_kernel", "gl.warp_specialize("),
+        ("def _gemm_hopper_kernel", "if WARPGROUPS == 2:"),
         ("tile_buf.load", "tile_bufs.index(stage).store"),
     ],
 )

@@ -1,12 +1,12 @@
 """The blockwise-scaled GEMM for Hopper, in Gluon: c = a b^T with one fp32 promotion per 128 of K.
 
-Persistent programs, one to a multiprocessor, take 256x128 tiles from a common counter. With fixed shares, those that NCCL keeps from
+Persistent programs, one to a multiprocessor, take tiles from a common counter. With fixed shares, those that NCCL keeps from
 starting would begin their whole share when others have ended, which doubles the time. In each program one warp brings tiles of a and
-b, and a's multipliers, into shared memory by TMA; two warpgroups multiply and promote. Each warpgroup owns two parts of 64 rows:
-every part of a K block is a fresh wgmma chain, whose result is scaled and added to the part's fp32 accumulator in registers while
-the tensor cores work for the other warpgroup. The two parts share one read of b's multipliers, which is what a per-row b is bound by.
+b, and a's multipliers, into shared memory by TMA; two or three warpgroups multiply and promote. A warpgroup owns one or two parts of
+64 rows: every part of a K block is a fresh wgmma chain, whose result is scaled and added to the part's fp32 accumulator in registers
+while the tensor cores work for another warpgroup.
 
-A promotion takes about as long as the other warpgroup's chain, so nothing else may stand between the end of one chain and the start
+A promotion takes about as long as another warpgroup's chain, so nothing else may stand between the end of one chain and the start
 of the next: barriers are waited for and signalled while a chain runs. That asks for a stage of shared memory more than otherwise.
 
 Gluon is experimental: what touches it is in this file, in `gemm_hopper_launch` and in `both_hopper`.
@@ -17,6 +17,8 @@ Gluon is experimental: what touches it is in this file, in `gemm_hopper_launch` 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from triton import knobs
@@ -30,12 +32,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..formats import ceil_div
+
 # Triton renamed its TMA copies after 3.6.
 _tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
-BM, BN = gl.constexpr(256), gl.constexpr(128)
-STAGES = gl.constexpr(4)
+BN = gl.constexpr(128)
+A_DQ_ROWS = gl.constexpr(256)  # of a's multipliers in a box: a power of two, and no fewer than the rows of any tile
 GROUP_M = gl.constexpr(8)  # height in tiles of a strip that is walked column by column, for the L2 cache
 
 
@@ -51,9 +55,11 @@ def _tile_coordinates(tile, num_m, num_n):
 @gluon.jit
 def _load_tiles(
     a_desc, b_desc, a_dq_desc, b_dq_desc, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, tile_bufs, ready, empty, counter_ptr,
-    M, N, K, a_dq_k, b_dq_k, B_PER_ROW: gl.constexpr,
+    M, N, K, a_dq_k, b_dq_k,
+    B_PER_ROW: gl.constexpr, WARPGROUPS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    BM: gl.constexpr = 64 * PARTS * WARPGROUPS
     num_m = gl.cdiv(M, BM)
     num_n = gl.cdiv(N, BN)
     num_tiles = num_m * num_n
@@ -68,12 +74,13 @@ def _load_tiles(
                 tile_bufs.index(stage).store(gl.full([1], tile, gl.int32, layout=L))
             bar = ready.index(stage)
             if B_PER_ROW:
-                mbarrier.expect(bar, (BM + BN) * 132)
+                mbarrier.expect(bar, (BM + BN) * 128 + (A_DQ_ROWS + BN) * 4)
                 _tma_load(b_dq_desc, [k * b_dq_k + pn * BN], bar, b_dq_bufs.index(stage))
             else:
-                mbarrier.expect(bar, (BM + BN) * 128 + BM * 4)
+                mbarrier.expect(bar, (BM + BN) * 128 + A_DQ_ROWS * 4)
             _tma_load(a_dq_desc, [k * a_dq_k + pm * BM], bar, a_dq_bufs.index(stage))
-            _tma_load(a_desc, [pm * BM, k * 128], bar, a_bufs.index(stage))
+            for w in gl.static_range(WARPGROUPS):
+                _tma_load(a_desc, [pm * BM + w * 64 * PARTS, k * 128], bar, a_bufs.index(stage * WARPGROUPS + w))
             _tma_load(b_desc, [pn * BN, k * 128], bar, b_bufs.index(stage))
             stage += 1
             if stage == STAGES:
@@ -119,12 +126,14 @@ def _slices(x, COLUMNS: gl.constexpr):
 @gluon.jit
 def _multiply_tiles(
     WARPGROUP: gl.constexpr, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, tile_bufs, ready, empty,
-    M, N, K, b_dq_n, b_dq_k, B_PER_ROW: gl.constexpr,
+    M, N, K, b_dq_n, b_dq_k,
+    B_PER_ROW: gl.constexpr, WARPGROUPS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    BM: gl.constexpr = 64 * PARTS * WARPGROUPS
     C_COLUMNS: gl.constexpr = c_desc.block_type.shape[1]
     # While the chain of which part barriers are dealt with. The first is the earlier, which keeps the stages filled; a promotion with
     # two multiplies leaves less room beside it.
-    BARRIERS: gl.constexpr = 1 if B_PER_ROW else 0
+    BARRIERS: gl.constexpr = PARTS - 1 if B_PER_ROW else 0
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 32])
     L_C: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C_COLUMNS, 32])
     num_m = gl.cdiv(M, BM)
@@ -140,7 +149,9 @@ def _multiply_tiles(
         b_dq_ptrs = b_dq_ptr + pn * b_dq_n
         if not B_PER_ROW:
             b_dq_next = gl.load(b_dq_ptrs)
-        acc = (gl.zeros((64, BN), gl.float32, layout=L), gl.zeros((64, BN), gl.float32, layout=L))
+        acc = ()
+        for _i in gl.static_range(PARTS):
+            acc = acc + (gl.zeros((64, BN), gl.float32, layout=L),)
         part = gl.zeros((64, BN), gl.float32, layout=L)
         # Not `stage`: a name that has the same value before the loop as it is given within is taken for a constant.
         last_stage = 0
@@ -154,17 +165,18 @@ def _multiply_tiles(
             if next_stage == STAGES:
                 next_stage = 0
                 next_phase = phase ^ 1
+            a_buf = a_bufs.index(stage * WARPGROUPS + WARPGROUP)
             b_buf = b_bufs.index(stage).permute((1, 0))
             acc_next = ()
-            for i in gl.static_range(2):
-                a = a_bufs.index(stage).slice((WARPGROUP * 2 + i) * 64, 64)
+            for i in gl.static_range(PARTS):
+                a = a_buf.slice(i * 64, 64)
                 # use_acc=False: the chain starts from zero, `part` only tells which registers to use.
                 running = warpgroup_mma(a, b_buf, part, use_acc=False, is_async=True)
                 if i == 0:
-                    # Both parts' here: a read of shared memory after a barrier costs a synchronisation of the warpgroup.
+                    # All parts' here: a read of shared memory after a barrier costs a synchronisation of the warpgroup.
                     a_dq = ()
-                    for j in gl.static_range(2):
-                        a_dq_part = a_dq_bufs.index(stage).slice((WARPGROUP * 2 + j) * 64, 64)
+                    for j in gl.static_range(PARTS):
+                        a_dq_part = a_dq_bufs.index(stage).slice((WARPGROUP * PARTS + j) * 64, 64)
                         a_dq = a_dq + (a_dq_part.load(gl.SliceLayout(1, L)),)
                     if B_PER_ROW:
                         b_dq = b_dq_bufs.index(stage).load(gl.SliceLayout(0, L))
@@ -178,13 +190,13 @@ def _multiply_tiles(
             stage = next_stage
             phase = next_phase
         mbarrier.arrive(empty.index(last_stage), count=1)
-        for i in gl.static_range(2):
+        for i in gl.static_range(PARTS):
             slices = _slices(acc[i], C_COLUMNS)
             for j in gl.static_range(BN // C_COLUMNS):
                 tma.store_wait(0)
                 c_buf.store(gl.convert_layout(slices[j], L_C).to(c_desc.dtype))
                 fence_async_shared()
-                _tma_store(c_desc, [pm * BM + (WARPGROUP * 2 + i) * 64, pn * BN + j * C_COLUMNS], c_buf)
+                _tma_store(c_desc, [pm * BM + (WARPGROUP * PARTS + i) * 64, pn * BN + j * C_COLUMNS], c_buf)
         mbarrier.wait(ready.index(stage), phase)
         tile = _next_tile(tile_bufs.index(stage))
     tma.store_wait(0)
@@ -196,13 +208,13 @@ def _multiply_tiles(
 )
 def _gemm_hopper_kernel(
     a_desc, b_desc, c_desc, a_dq_desc, b_dq_desc, b_dq_ptr, counter_ptr, M, N, K, a_dq_k, b_dq_n, b_dq_k,
-    B_PER_ROW: gl.constexpr,
+    B_PER_ROW: gl.constexpr, WARPGROUPS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """c [M, N] = a [M, K] b [N, K]^T; a_dq_k and b_dq_k are the multipliers' strides along K, b_dq_n b's along blocks of N."""
-    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BM, 128], a_desc.layout)
+    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES * WARPGROUPS, 64 * PARTS, 128], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BN, 128], b_desc.layout)
-    c_bufs = gl.allocate_shared_memory(c_desc.dtype, [2] + c_desc.block_type.shape, c_desc.layout)
-    a_dq_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BM], a_dq_desc.layout)
+    c_bufs = gl.allocate_shared_memory(c_desc.dtype, [WARPGROUPS] + c_desc.block_type.shape, c_desc.layout)
+    a_dq_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, A_DQ_ROWS], a_dq_desc.layout)
     if B_PER_ROW:
         b_dq_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BN], b_dq_desc.layout)
     else:
@@ -212,40 +224,111 @@ def _gemm_hopper_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=WARPGROUPS)
     fence_async_shared()
     # Literal tuples: a tuple bound to a name first would turn its constexprs into tensors.
-    gl.warp_specialize(
-        [
-            (_multiply_tiles, (
-                0, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, tile_bufs, ready, empty,
-                M, N, K, b_dq_n, b_dq_k, B_PER_ROW,
-            )),
-            (_multiply_tiles, (
-                1, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, tile_bufs, ready, empty,
-                M, N, K, b_dq_n, b_dq_k, B_PER_ROW,
-            )),
-            (_load_tiles, (
-                a_desc, b_desc, a_dq_desc, b_dq_desc, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, tile_bufs, ready, empty,
-                counter_ptr, M, N, K, a_dq_k, b_dq_k, B_PER_ROW,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    if WARPGROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_multiply_tiles, (
+                    0, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, tile_bufs, ready, empty,
+                    M, N, K, b_dq_n, b_dq_k, B_PER_ROW, WARPGROUPS, PARTS, STAGES,
+                )),
+                (_multiply_tiles, (
+                    1, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, tile_bufs, ready, empty,
+                    M, N, K, b_dq_n, b_dq_k, B_PER_ROW, WARPGROUPS, PARTS, STAGES,
+                )),
+                (_load_tiles, (
+                    a_desc, b_desc, a_dq_desc, b_dq_desc, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, tile_bufs, ready, empty,
+                    counter_ptr, M, N, K, a_dq_k, b_dq_k, B_PER_ROW, WARPGROUPS, PARTS, STAGES,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply_tiles, (
+                    0, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, tile_bufs, ready, empty,
+                    M, N, K, b_dq_n, b_dq_k, B_PER_ROW, WARPGROUPS, PARTS, STAGES,
+                )),
+                (_multiply_tiles, (
+                    1, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, tile_bufs, ready, empty,
+                    M, N, K, b_dq_n, b_dq_k, B_PER_ROW, WARPGROUPS, PARTS, STAGES,
+                )),
+                (_multiply_tiles, (
+                    2, c_desc, b_dq_ptr, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, c_bufs, tile_bufs, ready, empty,
+                    M, N, K, b_dq_n, b_dq_k, B_PER_ROW, WARPGROUPS, PARTS, STAGES,
+                )),
+                (_load_tiles, (
+                    a_desc, b_desc, a_dq_desc, b_dq_desc, a_bufs, b_bufs, a_dq_bufs, b_dq_bufs, tile_bufs, ready, empty,
+                    counter_ptr, M, N, K, a_dq_k, b_dq_k, B_PER_ROW, WARPGROUPS, PARTS, STAGES,
+                )),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )  # fmt: skip
 
-
-# 168 registers for each of 384 threads is what a multiprocessor has; the warpgroups then trade them.
-OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
 
 E4M3_TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 FP32_VECTOR = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-C_TILE = {
-    dtype: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * dtype.itemsize, rank=2)
-    for dtype in (torch.bfloat16, torch.float32)
-}
-C_COLUMNS = {dtype: 128 // dtype.itemsize for dtype in C_TILE}
-"""A warpgroup stores 64 rows of 128 bytes at a time."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a tile of `rows` x 128 is shared out: to `warpgroups`, in `parts` of 64 rows each, through `stages` of shared memory."""
+
+    warpgroups: int
+    parts: int
+    stages: int
+    c_row_bytes: int
+    """A warpgroup stores 64 rows of so many bytes at a time."""
+    registers: int
+    """Of a thread at the start: what a multiprocessor has for all warps, a fourth for one that loads. Then they trade."""
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.parts * self.warpgroups
+
+    def c_columns(self, dtype: torch.dtype) -> int:
+        return self.c_row_bytes // dtype.itemsize
+
+    def c_layout(self, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+        return gl.NVMMASharedLayout(swizzle_byte_width=self.c_row_bytes, element_bitwidth=8 * dtype.itemsize, rank=2)
+
+    @property
+    def constants(self) -> tuple[int, int, int]:
+        """The kernel's WARPGROUPS, PARTS, STAGES."""
+        return self.warpgroups, self.parts, self.stages
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": 4, "maxnreg": self.registers, "enable_fp_fusion": True}
+
+
+LOW = Tiling(warpgroups=3, parts=1, stages=5, c_row_bytes=64, registers=128)
+"""192x128, which leaves shared memory for a fifth stage."""
+
+HIGH = Tiling(warpgroups=2, parts=2, stages=4, c_row_bytes=128, registers=168)
+"""256x128: less to load, and the two parts of a warpgroup share one read of b's multipliers."""
+
+
+def tiling_of(M: int, N: int, K: int, b_per_row: bool, multiprocessors: int) -> Tiling:
+    """The faster one for c [M, N].
+
+    With a b per row HIGH: three warpgroups have no registers for the multipliers of 32 columns, and two fp32 operations an element
+    take their time whatever the number of warpgroups. Else by the rows that the busiest multiprocessor computes, times what a row
+    takes: so much for a K block and so much to begin and store, in K blocks of HIGH (fitted to five shapes on an H200).
+    """
+    if b_per_row:
+        return HIGH
+
+    def time(tiling: Tiling, k_block: float, ends: float) -> float:
+        tiles = ceil_div(M, tiling.rows) * ceil_div(N, BN.value)
+        return ceil_div(tiles, multiprocessors) * tiling.rows * (ceil_div(K, 128) * k_block + ends)
+
+    return LOW if time(LOW, 0.972, 2.9) < time(HIGH, 1.0, 2.3) else HIGH
 
 
 @contextmanager

@@ -13,11 +13,11 @@ import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..formats import ceil_div
-from .gemm_hopper import BM, BN, C_COLUMNS, C_TILE, E4M3_TILE, FP32_VECTOR, OPTIONS, _gemm_hopper_kernel, assembler_for
+from .gemm_hopper import A_DQ_ROWS, BN, E4M3_TILE, FP32_VECTOR, _gemm_hopper_kernel, assembler_for, tiling_of
 from .launch import repeatable, start
 
-compiled: dict[tuple[int, torch.dtype, bool], Any] = {}
-"""(device, c's dtype, b_per_row) -> the compiled kernel: nothing else decides what is compiled."""
+compiled: dict[tuple[int, torch.dtype, bool, int], Any] = {}
+"""(device, c's dtype, b_per_row, rows of a tile) -> the compiled kernel: nothing else decides what is compiled."""
 
 
 class _Address(int):
@@ -129,7 +129,8 @@ def multiply_scaled(
         return
     M, K = a_shape = a_q.shape
     N, _ = b_shape = b_q.shape
-    a_dq_desc, a_dq_k = _columns(a_dq, BM.value)
+    tiling = tiling_of(M, N, K, b_per_row, multiprocessors)
+    a_dq_desc, a_dq_k = _columns(a_dq, A_DQ_ROWS.value)
     if b_per_row:
         b_dq_desc, b_dq_k = _columns(b_dq, BN.value)
         b_dq_n = 0
@@ -137,24 +138,25 @@ def multiply_scaled(
         b_dq_desc = None
         b_dq_n, b_dq_k = b_dq.stride()
     descriptors = (
-        _Descriptor(a_q, a_shape, a_q.stride(), [BM.value, 128], E4M3_TILE),
+        _Descriptor(a_q, a_shape, a_q.stride(), [64 * tiling.parts, 128], E4M3_TILE),
         _Descriptor(b_q, b_shape, b_q.stride(), [BN.value, 128], E4M3_TILE),
-        _Descriptor(c, c.shape, c.stride(), [64, C_COLUMNS[c.dtype]], C_TILE[c.dtype]),
+        _Descriptor(c, c.shape, c.stride(), [64, tiling.c_columns(c.dtype)], tiling.c_layout(c.dtype)),
         a_dq_desc,
         b_dq_desc,
     )
-    numbers = (M, N, K, a_dq_k, b_dq_n, b_dq_k, b_per_row)
+    numbers = (M, N, K, a_dq_k, b_dq_n, b_dq_k, b_per_row, *tiling.constants)
     # A copy has another address next time, and a graph that is being recorded may be replayed beside any other launch.
     copied = a_dq_desc.base is not a_dq or (b_dq_desc is not None and b_dq_desc.base is not b_dq)
     remembered = not copied and not capturing
     counter = _counter(a_q, remembered)
-    grid = (min(ceil_div(M, BM.value) * ceil_div(N, BN.value), multiprocessors), 1, 1)
+    grid = (min(ceil_div(M, tiling.rows) * ceil_div(N, BN.value), multiprocessors), 1, 1)
     device = a_q.get_device()
-    kernel = compiled.get((device, c.dtype, b_per_row))
+    variant = (device, c.dtype, b_per_row, tiling.rows)
+    kernel = compiled.get(variant)
     if kernel is None:
         with assembler_for(b_per_row):
-            kernel = _gemm_hopper_kernel[grid](*descriptors, b_dq, counter, *numbers, **OPTIONS)
-        compiled[device, c.dtype, b_per_row] = kernel
+            kernel = _gemm_hopper_kernel[grid](*descriptors, b_dq, counter, *numbers, **tiling.options)
+        compiled[variant] = kernel
         return
     of_addresses = tuple(descriptor and descriptor.of_address() for descriptor in descriptors)
     args = (*of_addresses, b_dq.data_ptr(), counter.data_ptr(), *numbers)
