@@ -3,7 +3,6 @@ import torch
 
 from blockfp8_titan import ops, reference
 from blockfp8_titan.numerics import GEMM_RELATIVE_ERROR, relative_error
-from blockfp8_titan.ops import gemm as gemm_ops
 from blockfp8_titan.ops.backend import cublas_obstacle, is_hopper
 
 from .data import CHECKS, draw
@@ -109,28 +108,6 @@ def test_tiles_by_what_the_busiest_multiprocessor_computes():
     assert tiling_of(16384, 4096, 1024, False, 132) is HIGH  # as much to store, less to multiply
     assert tiling_of(192, 128, 128, False, 132) is LOW
     assert tiling_of(16384, 4096, 4096, True, 132) is HIGH
-
-
-@pytest.mark.parametrize(
-    "kind, rows, columns, chosen",
-    [
-        ("1x128_1x128", 1024, 4096, "cublas"),
-        ("1x128_1x128", 4096, 1024, "cublas"),
-        ("1x128_1x128", 1032, 4096, "triton"),  # 160 tiles
-        ("1x128_1x128", 1022, 4096, "triton"),  # cuBLASLt wants multiples of 4
-        ("1x128_1x128", 4096, 4096, "triton"),
-        ("1x128_128x128", 1024, 4096, "triton"),
-    ],
-)
-def test_auto_gives_a_dw_of_few_tiles_to_cublas(kind, rows, columns, chosen, monkeypatch):
-    monkeypatch.setattr(gemm_ops, "resolve_gemm_backend", lambda *args: "triton")
-    monkeypatch.setattr(gemm_ops, "cublas_obstacle", lambda device: None)
-    monkeypatch.setattr(gemm_ops, "multiprocessors", lambda device: 132)
-    a_q, b_q = (torch.empty(size, 256, dtype=torch.float8_e4m3fn, device="meta") for size in (rows, columns))
-    assert gemm_ops._choose(a_q, b_q, "auto", kind) == chosen
-    assert gemm_ops._choose(a_q, b_q, "triton", kind) == "triton"
-    monkeypatch.setattr(gemm_ops, "cublas_obstacle", lambda device: "it is not here")
-    assert gemm_ops._choose(a_q, b_q, "auto", kind) == "triton"
 
 
 @pytest.mark.parametrize("kind", KINDS)

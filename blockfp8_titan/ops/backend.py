@@ -17,7 +17,7 @@ GemmKind = Literal["1x128_128x128", "1x128_1x128"]
 _Y_AND_DX, _DW = get_args(GemmKind)
 
 FASTER_ON_HOPPER: dict[GemmKind, ResolvedBackend] = {_Y_AND_DX: "triton", _DW: "triton"}
-"""What "auto" takes on Hopper: the faster by scripts/results/bench_kernels.json (1.086 and 1.035 of cuBLASLt there)."""
+"""What "auto" takes on Hopper: the faster by scripts/results/bench_kernels_llama.json (1.099 and 1.042 of cuBLASLt there)."""
 
 
 _logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def resolve_gemm_backend(requested: GemmBackend, device: torch.device, kind: Gem
     """The backend that multiplies on this device; the first choice of "auto" is logged, unless `describe_gemm_backend` was asked before.
 
     Under "auto": the faster of cuBLASLt and Triton on Hopper, Triton on other GPUs that have e4m3, the reference elsewhere.
-    Sizes that cuBLASLt does not take go to Triton under "auto", and a dw of few tiles to cuBLASLt (see `ops.gemm`).
+    Sizes that cuBLASLt does not take (see `ops.gemm`) go to Triton under "auto".
 
     Raises:
         ValueError: there is no such backend, or the device cannot run it.
@@ -131,8 +131,6 @@ def describe_gemm_backend(requested: GemmBackend, device: torch.device) -> str:
     why = "chosen by auto" if requested == "auto" else "as configured"
     if "reference" in backends.values():
         why += " (plain PyTorch: exact numerics, no speed)"
-    if requested == "auto" and backends[_DW] == "triton" and cublas_obstacle(device) is None:
-        why += ", which takes cublas for a dw of few tiles"
     if len(set(backends.values())) == 1:
         return f"{backends[_Y_AND_DX]} on {where}, {why}"
     return f"{backends[_Y_AND_DX]} for y and dx, {backends[_DW]} for dw on {where}, {why}"

@@ -10,15 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..formats import ALIGNMENT, BLOCK, ceil_div
 from ..recipe import GemmBackend
-from .backend import (
-    GemmKind,
-    ResolvedBackend,
-    cublas_obstacle,
-    is_datacenter,
-    is_hopper,
-    multiprocessors,
-    resolve_gemm_backend,
-)
+from .backend import GemmKind, ResolvedBackend, is_datacenter, is_hopper, multiprocessors, resolve_gemm_backend
 from .layouts import column_major
 from .library import FLOATS, check_matrix, define, kernels, launch, on_device_of
 
@@ -124,17 +116,8 @@ def _cublas_misfit(a_q: Tensor, b_q: Tensor) -> str | None:
     return None
 
 
-def _is_one_wave(a_q: Tensor, b_q: Tensor) -> bool:
-    """Whether cuBLASLt runs here and all tiles of the Hopper kernel's dw run at once. Its own tiles are half as high, so that two of
-    them share a multiprocessor where one of ours has it alone: the faster by scripts/results/bench_kernels_256x128.json (8B's wk.dw)."""
-    tiles = ceil_div(a_q.shape[0], 256) * ceil_div(b_q.shape[0], 128)
-    return cublas_obstacle(a_q.device) is None and tiles <= multiprocessors(a_q.device)
-
-
 def _choose(a_q: Tensor, b_q: Tensor, backend: GemmBackend, kind: GemmKind) -> ResolvedBackend:
     chosen = resolve_gemm_backend(backend, a_q.device, kind)
-    if backend == "auto" and kind == "1x128_1x128" and _is_one_wave(a_q, b_q):
-        chosen = "cublas"
     if chosen == "cublas" and (misfit := _cublas_misfit(a_q, b_q)):
         if backend == "cublas":
             raise ValueError(f'gemm_backend = "cublas": {misfit}; use "auto", which gives such shapes to Triton')
