@@ -93,11 +93,11 @@ _latest = WeakTensorKeyDictionary()
 def once(x: Tensor, name: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """make(), or what that returned before for this x and name, where x is what was asked about last.
 
-    For eager code: compilers make one of two equal calls by themselves. And for results of operations that autograd follows, whose
-    changes count as versions: a buffer, which somebody may fill behind autograd's back, is quantised each time. So is what is
+    For eager code: compilers make one of two equal calls by themselves. And for plain results of operations that autograd follows,
+    whose changes count as versions: a buffer, which somebody may fill behind autograd's back, is quantised each time. So is what is
     asked for on another stream, which does not wait, and in a CUDA graph, which replays only what was computed in it.
     """
-    if torch.compiler.is_compiling() or x.grad_fn is None:
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.grad_fn is None:
         return make()
     stream = None
     if x.is_cuda:
