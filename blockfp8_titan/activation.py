@@ -1,12 +1,11 @@
 """An activation that is quantised once, where it is made, for all linears that multiply it."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import ops
 from .ops.layouts import Quantized
@@ -65,54 +64,24 @@ def carrier_like(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def quantize_input(x: Tensor, recipe: Recipe, *, columns: bool, columns_apart: bool = False) -> QuantizedInput:
-    """Quantise an activation that exists, once for all linears that multiply it one after the other; its carrier is itself.
+    """Quantise an activation that exists; its carrier is itself.
 
     Args:
         x: [..., K] bf16 or fp32.
         columns: dw will be asked for.
         columns_apart: see `Recomputation`.
     """
-
-    def quantize() -> tuple[Tensor, ...]:
-        x_2d, options = x.reshape(-1, x.shape[-1]), {"backend": recipe.quantize_backend}
-        if not columns:
-            return ops.quantize_1x128(x_2d, recipe.scale_format, **options)
-        if not columns_apart:
-            return ops.quantize_1x128_both(x_2d, recipe.scale_format, **options)
-        rows = ops.quantize_1x128(x_2d, recipe.scale_format, **options)
-        return *rows, *ops.quantize_1x128_columns(x_2d, recipe.scale_format, **options)
-
-    quantized = once(x, (columns, columns_apart, recipe.scale_format, recipe.quantize_backend), quantize)
+    x_2d, options = x.reshape(-1, x.shape[-1]), {"backend": recipe.quantize_backend}
+    if not columns:
+        quantized: tuple[Tensor, ...] = ops.quantize_1x128(x_2d, recipe.scale_format, **options)
+    elif columns_apart:
+        quantized = (
+            *ops.quantize_1x128(x_2d, recipe.scale_format, **options),
+            *ops.quantize_1x128_columns(x_2d, recipe.scale_format, **options),
+        )
+    else:
+        quantized = ops.quantize_1x128_both(x_2d, recipe.scale_format, **options)
     return QuantizedInput(x, quantized[:2], quantized[2:] or None, recipe.scale_format)
-
-
-_latest = WeakTensorKeyDictionary()
-"""The activation that `once` was asked about last, as long as it lives -> (its version, the stream), what was made of it by name."""
-
-
-def once(x: Tensor, name: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """make(), or what that returned before for this x and name, where x is what was asked about last.
-
-    For eager code: compilers make one of two equal calls by themselves. And for plain results of operations that autograd follows,
-    whose changes count as versions: a buffer, which somebody may fill behind autograd's back, is quantised each time. So is what is
-    asked for on another stream, which does not wait, and in a CUDA graph, which replays only what was computed in it.
-    """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.grad_fn is None:
-        return make()
-    stream = None
-    if x.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            return make()
-        stream = torch.cuda.current_stream(x.device)
-    state = (x._version, stream)
-    then, made = _latest.get(x, (None, {}))
-    if then != state:
-        made = {}
-        _latest.clear()
-        _latest[x] = state, made
-    if name not in made:
-        made[name] = make()
-    return made[name]
 
 
 def alteration(module: nn.Module) -> str:

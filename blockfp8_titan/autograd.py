@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .activation import QuantizedInput, once, quantize_input
+from .activation import QuantizedInput, quantize_input
 from .ops.library import FLOATS
 from .recipe import Recipe
 from .recomputation import Recomputation
@@ -186,12 +186,8 @@ def _kept_for_dw(x: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor | None]:
     x_2d = x.reshape(-1, x.shape[-1])
     if recipe.wgrad == "bf16":
         return x_2d, None
-
-    def transposed() -> tuple[Tensor, ...]:
-        _, xb_dq, xbt_q = ops.quantize_128x128_both(x_2d, recipe.scale_format, backend=recipe.quantize_backend)
-        return xbt_q, xb_dq
-
-    return once(x, ("fp8_block", recipe.scale_format, recipe.quantize_backend), transposed)
+    _, xb_dq, xbt_q = ops.quantize_128x128_both(x_2d, recipe.scale_format, backend=recipe.quantize_backend)
+    return xbt_q, xb_dq
 
 
 def blockwise_fp8_matmul(

@@ -193,18 +193,14 @@ class Step:
         self.gradients = subject.gradients
         self.forward: Callable[..., tuple[Tensor, ...]] = compiled(module) if mode == "compiled" else module
 
-    def outputs(self) -> tuple[Tensor, ...]:
-        """Of inputs that are results themselves, as a layer's are."""
-        return self.forward(*(x.view_as(x) for x in self.inputs))
-
     def __call__(self) -> None:
-        torch.autograd.backward(self.outputs(), self.gradients)
+        torch.autograd.backward(self.forward(*self.inputs), self.gradients)
         for tensor in itertools.chain(self.module.parameters(), self.inputs):
             tensor.grad = None
 
     def results(self) -> list[Tensor]:
         """Outputs, then gradients of the inputs and of the parameters."""
-        outputs = self.outputs()
+        outputs = self.forward(*self.inputs)
         torch.autograd.backward(outputs, self.gradients)
         found = [y.detach() for y in outputs]
         for tensor in itertools.chain(self.inputs, self.module.parameters()):
@@ -236,7 +232,7 @@ class Step:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = self.outputs()
+            outputs = self.forward(*self.inputs)
         del outputs
         return {"saved_bytes": sum(kept.values()), "saved_weight_bytes": sum(weights.values())}
 
@@ -260,7 +256,7 @@ def memory_of(step: Step) -> dict[str, int]:
     """Bytes that the allocator holds between forward and backward besides outputs, and the peak of a step, above what was there."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    outputs = step.outputs()
+    outputs = step.forward(*step.inputs)
     held = torch.cuda.memory_allocated() - before - sum(y.nbytes for y in outputs)
     del outputs
     torch.cuda.reset_peak_memory_stats()

@@ -70,7 +70,7 @@ def test_launches_of_a_block(device):
         step(plain, tokens)
     with CountOps() as after:
         step(fused, tokens)
-    assert before.quantisations == 2 * 11 and after.quantisations == 2 * 10
+    assert before.quantisations == 2 * 14 and after.quantisations == 2 * 10
     assert {name: after.calls[name] for name in FUSED_CALLS} == {name: 2 * n for name, n in FUSED_CALLS.items()}
     assert before.gemms == after.gemms == 2 * 21 + 3  # and those of the output, in bf16
 
