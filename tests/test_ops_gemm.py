@@ -84,7 +84,7 @@ def test_product(kind, shape, out_dtype, device, backend):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (4097, 1040, 256)])  # of which programs have more than one tile
 @pytest.mark.parametrize("name", ["LOW", "HIGH"])
 def test_product_with_either_tile(name, shape, out_dtype, monkeypatch):
     if not is_hopper(torch.device("cuda")):
