@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 from triton.runtime.jit import JITFunction
@@ -91,10 +92,12 @@ def produce(M: int, K: int, dtype: torch.dtype) -> None:
 
 def with_tiles_of(tiling: gemm_hopper.Tiling) -> Callable[..., torch.Tensor]:
     def run(*args: object) -> torch.Tensor:
-        gemm_hopper_launch.tiling_of = lambda *sizes: tiling
         gemm_hopper_launch._launches.clear()
-        gemm_ops.multiprocessors = lambda device: PROGRAMS
-        return gemm_ops._triton(*args)
+        with (
+            patch.object(gemm_hopper_launch, "tiling_of", lambda *sizes: tiling),
+            patch.object(gemm_ops, "multiprocessors", lambda device: PROGRAMS),
+        ):
+            return gemm_ops._triton(*args)
 
     return run
 
