@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from torch.torch_version import TorchVersion
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -223,6 +224,8 @@ class BlockwiseFP8Converter:
             ac_save_of(self.job_config),
             columns_apart=columns_apart(self.job_config),
         )
+        if self.job_config.compile.enable and self.device.type == "cuda":
+            name_triton_cache()
         report = report.with_notes(*notes_on_job(report, self.job_config, self.tensor_parallel_degree, self.fsdp))
         save_fp8_gemms_under_selective_checkpointing(self.job_config.model.name)
         if _rank() == 0:
@@ -246,6 +249,15 @@ class BlockwiseFP8Converter:
         parts = model if isinstance(model, list) else [model]
         refresh_scales(*parts)
         drop_cached_weights(*parts)
+
+
+def name_triton_cache() -> None:
+    """Name the folder for what Triton compiles as inductor does, unless somebody has.
+
+    Inductor does so when it makes its first kernel, and not in a process in which it finds them all made: our kernels, compiled in the
+    one folder, would not be found in the other, and a second start would compile them once more.
+    """
+    os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(torch.cuda.current_device()))
 
 
 def save_fp8_gemms_under_selective_checkpointing(model_name: str) -> None:

@@ -4,11 +4,13 @@ import dataclasses
 import importlib
 import json
 import logging
+import os
 from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -336,3 +338,22 @@ def test_the_converter_keeps_no_module(job):
     made.post_optimizer_hook([model])
     assert vars(made) == before
     assert not any(isinstance(value, torch.nn.Module) for value in before.values())
+
+
+def test_where_triton_keeps_what_it_compiles_is_named_as_inductor_names_it(job, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+
+    def name_after_conversion(compiled, device):
+        job.compile.enable = compiled
+        (made,) = build_model_converters(job, dims()).converters
+        made.device = torch.device(device)
+        made.convert(debug_model())
+        return os.environ.get("TRITON_CACHE_DIR")
+
+    assert name_after_conversion(compiled=False, device="cuda") is None
+    assert name_after_conversion(compiled=True, device="cpu") is None
+    assert name_after_conversion(compiled=True, device="cuda") == triton_cache_dir(3)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "a user's")
+    assert name_after_conversion(compiled=True, device="cuda") == "a user's"
