@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .ops.layouts import Quantized
-from .recipe import Recipe, ScaleFormat
+from .recipe import Recipe, ScaleFormat, WeightGradient
 
 
 class QuantizedInput:
@@ -22,15 +22,25 @@ class QuantizedInput:
         carrier: [..., K]: has the activation's shape and dtype and its place in autograd's graph, which dx flows into. Not its
             values.
         rows: as `ops.quantize_1x128` of [M, K]: what y is computed from.
-        columns: as `ops.quantize_1x128_columns` of [M, K]: what dw is computed from; None where no gradient was asked for.
+        columns: what dw is computed from, as `ops.quantize_1x128_columns` of [M, K], under wgrad = "fp8_block" as
+            `ops.quantize_128x128_columns`; None where no gradient was asked for, and under "bf16".
         scale_format: of both.
+        wgrad: how dw is computed of it.
     """
 
-    def __init__(self, carrier: Tensor, rows: Quantized, columns: Quantized | None, scale_format: ScaleFormat) -> None:
+    def __init__(
+        self,
+        carrier: Tensor,
+        rows: Quantized,
+        columns: Quantized | None,
+        scale_format: ScaleFormat,
+        wgrad: WeightGradient,
+    ) -> None:
         self.carrier = carrier
         self.rows = rows
         self.columns = columns
         self.scale_format = scale_format
+        self.wgrad = wgrad
 
     @property
     def shape(self) -> torch.Size:
@@ -68,20 +78,19 @@ def quantize_input(x: Tensor, recipe: Recipe, *, columns: bool, columns_apart: b
 
     Args:
         x: [..., K] bf16 or fp32.
-        columns: dw will be asked for.
+        columns: dw will be asked for, and recipe.wgrad is not "bf16".
         columns_apart: see `Recomputation`.
     """
     x_2d, options = x.reshape(-1, x.shape[-1]), {"backend": recipe.quantize_backend}
-    if not columns:
-        quantized: tuple[Tensor, ...] = ops.quantize_1x128(x_2d, recipe.scale_format, **options)
-    elif columns_apart:
-        quantized = (
-            *ops.quantize_1x128(x_2d, recipe.scale_format, **options),
-            *ops.quantize_1x128_columns(x_2d, recipe.scale_format, **options),
-        )
+    square = recipe.wgrad == "fp8_block"
+    if columns and not columns_apart and not square:
+        quantized: tuple[Tensor, ...] = ops.quantize_1x128_both(x_2d, recipe.scale_format, **options)
     else:
-        quantized = ops.quantize_1x128_both(x_2d, recipe.scale_format, **options)
-    return QuantizedInput(x, quantized[:2], quantized[2:] or None, recipe.scale_format)
+        quantized = ops.quantize_1x128(x_2d, recipe.scale_format, **options)
+        if columns:
+            quantize_columns = ops.quantize_128x128_columns if square else ops.quantize_1x128_columns
+            quantized += quantize_columns(x_2d, recipe.scale_format, **options)
+    return QuantizedInput(x, quantized[:2], quantized[2:] or None, recipe.scale_format, recipe.wgrad)
 
 
 def alteration(module: nn.Module) -> str:

@@ -63,8 +63,7 @@ class KnownWeight(NamedTuple):
 class _BlockwiseFP8Matmul(torch.autograd.Function):
     """y = x w^T; see the module's docstring.
 
-    Of x, rows are multiplied here and columns kept for dw. x_kept: what dw takes of x; under wgrad = "fp8" its columns, under
-    "fp8_block" its transpose in 128x128, under "bf16" x itself.
+    Of x, rows are multiplied here. x_kept: what dw takes of x: its columns, under wgrad = "bf16" x itself.
     """
 
     @staticmethod
@@ -114,10 +113,9 @@ class _BlockwiseFP8Matmul(torch.autograd.Function):
         if wants_dw:
             if recipe.wgrad == "bf16":
                 dw = (dy.to(torch.bfloat16).t() @ x_kept.to(torch.bfloat16)).to(ctx.w_dtype)
-            elif recipe.wgrad == "fp8":
-                dw = ops.gemm_1x128_1x128(*quantized[2:], x_kept, x_kept_dq, ctx.w_dtype, **options)
             else:
-                dw = ops.gemm_1x128_128x128(*quantized[2:], x_kept, x_kept_dq.t(), ctx.w_dtype, **options)
+                multiply = ops.gemm_1x128_128x128 if recipe.wgrad == "fp8_block" else ops.gemm_1x128_1x128
+                dw = multiply(*quantized[2:], x_kept, x_kept_dq, ctx.w_dtype, **options)
         return dx, dw, *([None] * 11)
 
 
@@ -170,24 +168,15 @@ def matmul_obstacle(x: Tensor | QuantizedInput, w: Tensor, recipe: Recipe) -> st
         return f"input is on {x.device} and weight on {w.device}: must be on one device; move one of them"
     if obstacle := operand_obstacle(x.shape, x.dtype, w):
         return obstacle
-    if isinstance(x, QuantizedInput) and (recipe.wgrad, recipe.scale_format) != ("fp8", x.scale_format):
+    if isinstance(x, QuantizedInput) and (recipe.wgrad, recipe.scale_format) != (x.wgrad, x.scale_format):
         return (
-            f"the module before this linear quantises for wgrad = 'fp8' and scale_format = {x.scale_format!r}, the linear has {recipe}: "
+            f"the module before this linear quantises for wgrad = {x.wgrad!r} and scale_format = {x.scale_format!r}, "
+            f"the linear has {recipe}: "
             'change recipes before the conversion, or convert with fuse = "off"'
         )
     if (dtype := output_dtype(x.carrier if isinstance(x, QuantizedInput) else x)) not in FLOATS:
         return f"autocast's dtype is {dtype}: a blockwise-fp8 linear computes bf16 or fp32; use autocast to bf16"
     return None
-
-
-@torch.no_grad()
-def _kept_for_dw(x: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor | None]:
-    """What dw takes of x where that is not x's columns in fp8."""
-    x_2d = x.reshape(-1, x.shape[-1])
-    if recipe.wgrad == "bf16":
-        return x_2d, None
-    _, xb_dq, xbt_q = ops.quantize_128x128_both(x_2d, recipe.scale_format, backend=recipe.quantize_backend)
-    return xbt_q, xb_dq
 
 
 def blockwise_fp8_matmul(
@@ -211,14 +200,12 @@ def blockwise_fp8_matmul(
         RuntimeError: on double backward.
     """
     wants_dw = torch.is_grad_enabled() and weight.w.requires_grad
-    kept: tuple[Tensor | None, Tensor | None] = (None, None)
+    in_fp8 = recipe.wgrad != "bf16"
     if not isinstance(x, QuantizedInput):
-        in_columns = wants_dw and recipe.wgrad == "fp8"
-        if wants_dw and not in_columns:
-            kept = _kept_for_dw(x, recipe)
-        x = quantize_input(x, recipe, columns=in_columns, columns_apart=recomputation.columns_apart)
-    if wants_dw and recipe.wgrad == "fp8":
-        kept = x.columns_for_dw()
+        x = quantize_input(x, recipe, columns=wants_dw and in_fp8, columns_apart=recomputation.columns_apart)
+    kept: tuple[Tensor | None, Tensor | None] = (None, None)
+    if wants_dw:
+        kept = x.columns_for_dw() if in_fp8 else (x.carrier.detach().reshape(-1, x.shape[-1]), None)
     return _BlockwiseFP8Matmul.apply(
         x.carrier,
         *weight,

@@ -61,7 +61,7 @@ def obstacle(gate: Member, down: Member, up: Member) -> str:
     for name, (linear, recipe) in (("w1", gate), ("w2", down), ("w3", up)):
         if recipe is None:
             return f"{name} is not in fp8"
-        if recipe.wgrad != "fp8":
+        if recipe.wgrad == "bf16":
             return f"{name} has wgrad = {recipe.wgrad!r}"
         if altered := alteration(linear):
             return f"{name} has {altered}"
@@ -123,8 +123,9 @@ def gated_feed_forward(
 class _GatedFeedForward(torch.autograd.Function):
     """See the module's docstring.
 
-    Of x, rows are multiplied here and columns kept for dw1 and dw3. dtype: of y, gate and up. inputs_in_fp8: gate and up are kept so, by
-    one op; else recomputed says of which GEMMs (of gate, of up, of y) checkpointing computes the outputs again.
+    Of x, rows are multiplied here and columns kept for dw1 and dw3, under wgrad = "fp8_block" in blocks, as h for dw2. dtype: of y, gate
+    and up. inputs_in_fp8: gate and up are kept so, by one op; else recomputed says of which GEMMs (of gate, of up, of y) checkpointing
+    computes the outputs again.
     """
 
     @staticmethod
@@ -191,6 +192,9 @@ class _GatedFeedForward(torch.autograd.Function):
         recipe = ctx.recipe
         quantizing = {"scale_format": recipe.scale_format, "backend": recipe.quantize_backend}
         options, down_options = ({"backend": r.gemm_backend} for r in (recipe, ctx.down_recipe))
+        square = recipe.wgrad == "fp8_block"
+        multiply_for_dw = ops.gemm_1x128_128x128 if square else ops.gemm_1x128_1x128
+        h_layout: ops.HLayout = "blocks" if square else "columns"
         dx = dw1 = dw3 = dw2 = None
 
         quantize = ops.quantize_1x128_both if wants_dw2 else ops.quantize_1x128
@@ -200,14 +204,14 @@ class _GatedFeedForward(torch.autograd.Function):
             w2_columns = w2.along_columns(ctx.down_recipe, quantized[0], as_forward=ctx.down_as_backward)
             dh = ops.gemm_1x128_128x128(*quantized[:2], *w2_columns, ctx.dtype, **down_options)
             dgate, dup, *rest = ops.swiglu_backward_quantize_1x128_both(
-                dh, gate, up, gate_dq=gate_dq, up_dq=up_dq, with_h=wants_dw2, **quantizing
+                dh, gate, up, gate_dq=gate_dq, up_dq=up_dq, h=h_layout if wants_dw2 else None, **quantizing
             )
             h = rest[0] if rest else ()
             del dh, rest  # memory: the GEMMs below need neither
         else:
-            h = ops.swiglu_quantize_1x128(gate, up, "columns", **quantizing)
+            h = ops.swiglu_quantize_1x128(gate, up, h_layout, **quantizing)
         if wants_dw2:
-            dw2 = ops.gemm_1x128_1x128(*quantized[2:], *h, ctx.w_dtypes[2], **down_options)
+            dw2 = multiply_for_dw(*quantized[2:], *h, ctx.w_dtypes[2], **down_options)
         del quantized, h
         if wants_dx:
             w1_columns, w3_columns = (
@@ -218,9 +222,9 @@ class _GatedFeedForward(torch.autograd.Function):
             dx = dx + ops.gemm_1x128_128x128(*dup[:2], *w3_columns, ctx.x_dtype, **options)
             dx = dx.view(ctx.x_shape)
         if wants_dw1:
-            dw1 = ops.gemm_1x128_1x128(*dgate[2:], *x_columns, ctx.w_dtypes[0], **options)
+            dw1 = multiply_for_dw(*dgate[2:], *x_columns, ctx.w_dtypes[0], **options)
         if wants_dw3:
-            dw3 = ops.gemm_1x128_1x128(*dup[2:], *x_columns, ctx.w_dtypes[1], **options)
+            dw3 = multiply_for_dw(*dup[2:], *x_columns, ctx.w_dtypes[1], **options)
         return dx, dw1, None, None, None, dw3, None, None, None, dw2, *([None] * 14)
 
 

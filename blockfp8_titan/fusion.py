@@ -154,7 +154,7 @@ def _linears_obstacle(norm: nn.RMSNorm, linears: Mapping[str, nn.Module], recipe
             return f"{name} is not in fp8"
         if altered := _alteration_of(linear, name):
             return altered
-        if recipe.wgrad != "fp8":
+        if recipe.wgrad == "bf16":
             return f"{name} has wgrad = {recipe.wgrad!r}"
         if not recipe.quantizes_like(recipes[0]):
             return f"{name} wants its input quantised in another way than {next(iter(linears))}"

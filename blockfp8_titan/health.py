@@ -134,11 +134,11 @@ class Observation:
             case "rms_norm_quantize_1x128" if not again:
                 x, weight, _, layout, _, rstd, _ = args
                 rstd = outs[-1] if rstd is None else rstd
-                if layout != "columns":
+                if layout in ("rows", "both"):
                     self._activations(lambda rows: [reference.rms_norm(x[rows], rstd[rows], weight)], [outs[:2]])
             case "swiglu_quantize_1x128" if not again:
                 gate, up, layout, *_ = args
-                if layout != "columns":
+                if layout in ("rows", "both"):
                     self._activations(lambda rows: [reference.swiglu(gate[rows], up[rows])], [outs[:2]])
             case "swiglu_quantize_1x128_with_inputs" if not again:
                 gate, up, *_ = args
@@ -176,7 +176,7 @@ class Observation:
             self._made[q.data_ptr()] = tally
 
     def _weight(self, w: Tensor, w_q: Tensor, w_dq: Tensor, wt_q: Tensor | None = None) -> None:
-        """A weight quantised here, or an activation in blocks of 128x128 for dw alone, which is nobody's."""
+        """A weight quantised here."""
         linear = self._holder_of(w.data_ptr())
         if linear is None:
             return

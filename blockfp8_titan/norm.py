@@ -38,10 +38,11 @@ class QuantizingRMSNorm(nn.RMSNorm):
         with torch.no_grad():
             *quantized, rstd = self._quantize(x.reshape(-1, x.shape[-1]), weight, columns)
         carrier = _RMSNorm.apply(x, weight, rstd)
-        return QuantizedInput(carrier, tuple(quantized[:2]), tuple(quantized[2:]) or None, self.recipe.scale_format)
+        rows, columns = tuple(quantized[:2]), tuple(quantized[2:]) or None
+        return QuantizedInput(carrier, rows, columns, self.recipe.scale_format, self.recipe.wgrad)
 
     def _quantize(self, x: Tensor, weight: Tensor, columns: bool) -> tuple[Tensor, ...]:
-        """Payload and multipliers of x's rows, the same of its columns if asked for, and rstd [M]."""
+        """Payload and multipliers of x's rows, the same of its columns, or blocks, if asked for, and rstd [M]."""
 
         def run(layout: ops.Layout, rstd: Tensor | None = None) -> tuple[Tensor, ...]:
             recipe = self.recipe
@@ -51,11 +52,13 @@ class QuantizingRMSNorm(nn.RMSNorm):
 
         if not columns:
             return run("rows")
-        if not self.recomputation.columns_apart:
+        layout: ops.Layout = "blocks" if self.recipe.wgrad == "fp8_block" else "columns"
+        if layout == "columns" and not self.recomputation.columns_apart:
             return run("both")
         *rows, rstd = run("rows")
         # Where backward has no use for the rows, it need not run the first op again for rstd alone.
-        return *rows, *run("columns", rstd if self.recomputation.output else None)
+        again = self.recomputation.columns_apart and not self.recomputation.output
+        return *rows, *run(layout, None if again else rstd)
 
 
 def fused_gradients_run(dy: Tensor) -> bool:

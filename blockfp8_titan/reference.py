@@ -87,6 +87,18 @@ def quantize_1x128_columns(x: Tensor, scale_format: ScaleFormat = "fp32") -> tup
     return xt_q.flatten(0, 1)[:M].t(), xt_dq.t()
 
 
+def quantize_128x128_columns(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor]:
+    """Quantise the transpose of x in square blocks.
+
+    Args:
+        x: [M, K] bf16 or fp32.
+    Returns:
+        xt_q, xt_dq: as `quantize_128x128(x.t())`: [K, M] float8_e4m3fn and [ceil(K/128), ceil(M/128)] fp32.
+    """
+    x_q, x_dq = quantize_128x128(x, scale_format)
+    return x_q.t(), x_dq.t()
+
+
 def quantize_1x128_both(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantize_1x128` and `quantize_1x128_columns` of x [M, K]: x_q, x_dq, xt_q, xt_dq."""
     return *quantize_1x128(x, scale_format), *quantize_1x128_columns(x, scale_format)

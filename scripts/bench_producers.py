@@ -139,7 +139,7 @@ def _fused_swiglu_gradients(dh: Tensor, gate: Tensor, up: Tensor) -> Tensors:
 
 
 def _fused_swiglu_gradients_and_h(dh: Tensor, gate: Tensor, up: Tensor) -> Tensors:
-    dgate, dup, h = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, with_h=True)
+    dgate, dup, h = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, h="columns")
     return *dgate, *dup, *h
 
 
@@ -150,7 +150,7 @@ def _fused_swiglu_and_inputs(gate: Tensor, up: Tensor) -> Tensors:
 def _fused_swiglu_gradients_and_h_of_payloads(
     dh: Tensor, gate_q: Tensor, gate_dq: Tensor, up_q: Tensor, up_dq: Tensor
 ) -> Tensors:
-    results = ops.swiglu_backward_quantize_1x128_both(dh, gate_q, up_q, gate_dq=gate_dq, up_dq=up_dq, with_h=True)
+    results = ops.swiglu_backward_quantize_1x128_both(dh, gate_q, up_q, gate_dq=gate_dq, up_dq=up_dq, h="columns")
     return tuple(out for result in results for out in result)
 
 

@@ -106,6 +106,13 @@ def on_cpu():
     torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=2, major=9, minor=0)
 
 
+H_LAYOUTS = {
+    None: lambda h, scale_format: (),
+    "columns": reference.quantize_1x128_columns,
+    "blocks": reference.quantize_128x128_columns,
+}
+
+
 def check_quantize(kind, shape, dtype, scale_format):
     x = draw(kind, *shape, dtype)
     for run, twin in (
@@ -114,6 +121,7 @@ def check_quantize(kind, shape, dtype, scale_format):
         (quantize_ops._cuda_1x128_columns, reference.quantize_1x128_columns),
         (quantize_ops._cuda_128x128, reference.quantize_128x128),
         (quantize_ops._cuda_128x128_both, reference.quantize_128x128_both),
+        (quantize_ops._cuda_128x128_columns, reference.quantize_128x128_columns),
     ):
         case = (twin.__name__, kind, shape, dtype, scale_format)
         check_equal(run(x, scale_format, "auto"), twin(x, scale_format), *case)
@@ -141,6 +149,7 @@ def check_producers(kind, shape, dtype, scale_format):
         ("rows", reference.quantize_1x128),
         ("columns", reference.quantize_1x128_columns),
         ("both", reference.quantize_1x128_both),
+        ("blocks", reference.quantize_128x128_columns),
     ):
         outs = swiglu_ops._cuda_swiglu(gate, up, layout, scale_format, "auto")
         check_equal(outs, quantize(h, scale_format), "swiglu", layout, *case)
@@ -151,29 +160,21 @@ def check_producers(kind, shape, dtype, scale_format):
         outs = rms_norm_ops._cuda_rms_norm(gate, weight, 1e-5, layout, scale_format, rstd, "auto")
         check_equal(outs, quantize(y, scale_format), "rms_norm, given rstd", layout, *case)
     both = reference.quantize_1x128_both
-    expected = (
-        *both(dgate, scale_format),
-        *both(dup, scale_format),
-        *reference.quantize_1x128_columns(h, scale_format),
-    )
-    for with_h in (False, True):
-        outs = swiglu_ops._cuda_swiglu_backward(dh, gate, None, up, None, scale_format, with_h, "auto")
-        check_equal(outs, expected if with_h else expected[:8], "swiglu_backward", with_h, *case)
+    gradients = (*both(dgate, scale_format), *both(dup, scale_format))
+    for layout, quantize in H_LAYOUTS.items():
+        outs = swiglu_ops._cuda_swiglu_backward(dh, gate, None, up, None, scale_format, layout, "auto")
+        check_equal(outs, (*gradients, *quantize(h, scale_format)), "swiglu_backward", layout, *case)
     outs = swiglu_ops._cuda_swiglu_with_inputs(gate, up, scale_format, "auto")
     rows = [reference.quantize_1x128(x, scale_format) for x in (h, gate, up)]
     check_equal(outs, [out for pair in rows for out in pair], "swiglu_with_inputs", *case)
     values = [reference.dequantize_1x128(*pair) for pair in rows[1:]]
     dgate, dup = elementwise.swiglu_backward(dh.float(), *values)
-    h = elementwise.swiglu(*values)
-    expected = (
-        *both(dgate.to(dtype), scale_format),
-        *both(dup.to(dtype), scale_format),
-        *reference.quantize_1x128_columns(h.to(dtype), scale_format),
-    )
-    for with_h in (False, True):
-        kept = [out for pair in rows[1:] for out in pair]
-        outs = swiglu_ops._cuda_swiglu_backward(dh, *kept, scale_format, with_h, "auto")
-        check_equal(outs, expected if with_h else expected[:8], "swiglu_backward of payloads", with_h, *case)
+    h = elementwise.swiglu(*values).to(dtype)
+    gradients = (*both(dgate.to(dtype), scale_format), *both(dup.to(dtype), scale_format))
+    kept = [out for pair in rows[1:] for out in pair]
+    for layout, quantize in H_LAYOUTS.items():
+        outs = swiglu_ops._cuda_swiglu_backward(dh, *kept, scale_format, layout, "auto")
+        check_equal(outs, (*gradients, *quantize(h, scale_format)), "swiglu_backward of payloads", layout, *case)
 
 
 def check_shards(kind, whole, split):

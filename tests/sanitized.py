@@ -44,6 +44,7 @@ def quantize(M: int, K: int, dtype: torch.dtype) -> None:
         ops.quantize_1x128_columns,
         ops.quantize_128x128,
         ops.quantize_128x128_both,
+        ops.quantize_128x128_columns,
     ):
         check_equal(op.__name__, op(on_gpu), op(x))
     q, dq = ops.quantize_128x128(x)
@@ -64,6 +65,7 @@ def produce(M: int, K: int, dtype: torch.dtype) -> None:
         ("rows", ops.quantize_1x128),
         ("columns", ops.quantize_1x128_columns),
         ("both", ops.quantize_1x128_both),
+        ("blocks", ops.quantize_128x128_columns),
     ):
         check_equal("swiglu_quantize_1x128", ops.swiglu_quantize_1x128(gate, up, layout), quantize(h))
         *outs, rstd = ops.rms_norm_quantize_1x128(gate, weight, 1e-5, layout)
@@ -71,10 +73,11 @@ def produce(M: int, K: int, dtype: torch.dtype) -> None:
         check_equal("rms_norm_quantize_1x128", outs, quantize(y))
         *outs, _ = ops.rms_norm_quantize_1x128(gate, weight, 1e-5, layout, rstd=rstd)
         check_equal("rms_norm_quantize_1x128, rstd given", outs, quantize(y))
-    twins = (*map(ops.quantize_1x128_both, (dgate.cpu(), dup.cpu())), ops.quantize_1x128_columns(h))
-    for with_h in (False, True):
-        results = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, with_h=with_h)
-        for outs, twin in zip(results, twins[: len(results)], strict=True):
+    twins = tuple(map(ops.quantize_1x128_both, (dgate.cpu(), dup.cpu())))
+    of_h = {None: (), "columns": (ops.quantize_1x128_columns(h),), "blocks": (ops.quantize_128x128_columns(h),)}
+    for layout, twin_of_h in of_h.items():
+        results = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, h=layout)
+        for outs, twin in zip(results, twins + twin_of_h, strict=True):
             check_equal("swiglu_backward_quantize_1x128_both", outs, twin)
     kept = ops.swiglu_quantize_1x128_with_inputs(gate, up)
     for outs, values in zip(kept, (h, gate.cpu(), up.cpu()), strict=True):
@@ -84,10 +87,11 @@ def produce(M: int, K: int, dtype: torch.dtype) -> None:
         x.to(dtype).cpu() for x in (*elementwise.swiglu_backward(dh.float(), *values), elementwise.swiglu(*values))
     ]
     (gate_q, gate_dq), (up_q, up_dq) = kept[1:]
-    results = ops.swiglu_backward_quantize_1x128_both(dh, gate_q, up_q, gate_dq=gate_dq, up_dq=up_dq, with_h=True)
-    quantizers = (ops.quantize_1x128_both, ops.quantize_1x128_both, ops.quantize_1x128_columns)
-    for outs, twin, quantize in zip(results, twins, quantizers, strict=True):
-        check_equal("swiglu_backward_quantize_1x128_both, of payloads", outs, quantize(twin))
+    for layout, quantize_h in (("columns", ops.quantize_1x128_columns), ("blocks", ops.quantize_128x128_columns)):
+        results = ops.swiglu_backward_quantize_1x128_both(dh, gate_q, up_q, gate_dq=gate_dq, up_dq=up_dq, h=layout)
+        quantizers = (ops.quantize_1x128_both, ops.quantize_1x128_both, quantize_h)
+        for outs, twin, quantize in zip(results, twins, quantizers, strict=True):
+            check_equal("swiglu_backward_quantize_1x128_both, of payloads", outs, quantize(twin))
 
 
 def with_tiles_of(tiling: gemm_hopper.Tiling) -> Callable[..., torch.Tensor]:

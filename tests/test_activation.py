@@ -12,9 +12,10 @@ from .llama import gradients
 FLOATS = [torch.bfloat16, torch.float32]
 
 
+@pytest.mark.parametrize("wgrad", ["fp8", "fp8_block"])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_quantised_input_gives_the_bits_of_the_tensor_it_was(dtype):
-    linear = BlockwiseFP8Linear(144, 64, dtype=dtype)
+def test_a_quantised_input_gives_the_bits_of_the_tensor_it_was(dtype, wgrad):
+    linear = BlockwiseFP8Linear(144, 64, recipe=Recipe(wgrad=wgrad), dtype=dtype)
     x, dy = torch.randn(3, 43, 144, dtype=dtype), torch.randn(3, 43, 64, dtype=dtype)
     truth = gradients(linear, x, dy)
 
@@ -37,7 +38,7 @@ def test_a_quantised_input_that_does_not_fit_is_refused():
     quantized = quantize_input(x, Recipe(), columns=True)
     with pytest.raises(ValueError, match=r"must be \[\.\.\., 128\], its last dimension in_features"):
         BlockwiseFP8Linear(128, 64)(quantized)
-    for recipe in (Recipe(scale_format="pow2"), Recipe(wgrad="bf16")):
+    for recipe in (Recipe(scale_format="pow2"), Recipe(wgrad="bf16"), Recipe(wgrad="fp8_block")):
         with pytest.raises(ValueError, match=r"quantises for wgrad = 'fp8' and scale_format = 'fp32'.*fuse = \"off\""):
             BlockwiseFP8Linear(144, 64, recipe=recipe)(quantized)
     with pytest.raises(RuntimeError, match=r"quantised without gradients"):

@@ -7,7 +7,7 @@ from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
-from blockfp8_titan import BlockwiseFP8Linear, Rule, convert_model, ops
+from blockfp8_titan import BlockwiseFP8Linear, Recipe, Rule, convert_model, ops
 from blockfp8_titan.checkpointing import checkpointing_note, prepare_for_checkpointing, recomputed_outputs
 from blockfp8_titan.conversion import plan_conversion
 from blockfp8_titan.plan import build_on_meta
@@ -25,10 +25,12 @@ KEEPING = "gemm_1x128_128x128"
 RECOMPUTED = "gemm_1x128_128x128.recomputed"
 
 
-def converted(ac_save="gemm", *, mode="op", columns_apart=False, layers=1, dtype=torch.float32, swiglu_inputs="bf16"):
+def converted(
+    ac_save="gemm", *, mode="op", columns_apart=False, layers=1, dtype=torch.float32, swiglu_inputs="bf16", wgrad="fp8"
+):
     """A converted model under torchtitan's checkpointing: "op", "full" or "none"."""
     model = model_of(layers=layers, dtype=dtype)
-    report = convert_model(model, swiglu_inputs=swiglu_inputs)
+    report = convert_model(model, recipe=Recipe(wgrad=wgrad), swiglu_inputs=swiglu_inputs)
     prepare_for_checkpointing(model, report, ac_save, columns_apart=columns_apart)
     if mode != "none":
         options = {"mode": "selective", "selective_ac_option": "op"} if mode == "op" else {"mode": "full"}
@@ -176,13 +178,17 @@ def compiled_step(*args, **options):
     return graphs
 
 
-QUANTISING = ("rms_norm_quantize_1x128", "swiglu_quantize_1x128", "quantize_1x128", "quantize_1x128_columns")
+QUANTISING = ("rms_norm_quantize_1x128", "swiglu_quantize_1x128", "quantize_1x128")
 
 
-def test_a_compiled_checkpoint_quantises_rows_in_forward_and_columns_in_backward():
-    forward, backward = map(graph_calls, compiled_step("gemm", columns_apart=True))
-    assert [forward.calls[name] for name in QUANTISING] == [2, 1, 1, 0]
-    assert [backward.calls[name] for name in QUANTISING] == [2, 0, 0, 1]  # h's columns come with SwiGLU's gradients
+@pytest.mark.parametrize(
+    "wgrad, columns", [("fp8", "quantize_1x128_columns"), ("fp8_block", "quantize_128x128_columns")]
+)
+def test_a_compiled_checkpoint_quantises_rows_in_forward_and_columns_in_backward(wgrad, columns):
+    forward, backward = map(graph_calls, compiled_step("gemm", columns_apart=True, wgrad=wgrad))
+    quantising = (*QUANTISING, columns)
+    assert [forward.calls[name] for name in quantising] == [2, 1, 1, 0]
+    assert [backward.calls[name] for name in quantising] == [2, 0, 0, 1]  # h's columns come with SwiGLU's gradients
     assert (forward.gemms, backward.gemms) == (7, 14)
 
 
@@ -194,8 +200,8 @@ def test_without_that_each_would_make_both():
 
 def test_a_compiled_block_without_checkpoint_quantises_once_into_both():
     forward, backward = map(graph_calls, compiled_step("gemm", mode="none"))
-    assert [forward.calls[name] for name in QUANTISING] == [2, 1, 0, 0] and forward.calls["quantize_1x128_both"] == 1
-    assert [backward.calls[name] for name in QUANTISING] == [0, 0, 0, 0] and backward.calls["quantize_1x128_both"] == 5
+    assert [forward.calls[name] for name in QUANTISING] == [2, 1, 0] and forward.calls["quantize_1x128_both"] == 1
+    assert [backward.calls[name] for name in QUANTISING] == [0, 0, 0] and backward.calls["quantize_1x128_both"] == 5
 
 
 @pytest.mark.parametrize("ac_save, again", [("gemm", 0), ("balanced", 4), ("none", 6)])

@@ -44,9 +44,10 @@ def feed_forwards(K=144, N=272, recipe=Recipe(), dtype=torch.float32, device="cp
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (7,), (129,), (3, 127)])
 @pytest.mark.parametrize("dtype, least", [(torch.float32, 45), (torch.bfloat16, 28)])
+@pytest.mark.parametrize("wgrad", ["fp8", "fp8_block"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_fused_feed_forwards_compute_what_unfused_ones_do(device, dtype, least, shape):
-    fused, plain = feed_forwards(dtype=dtype, device=device)
+def test_fused_feed_forwards_compute_what_unfused_ones_do(device, wgrad, dtype, least, shape):
+    fused, plain = feed_forwards(recipe=Recipe(wgrad=wgrad), dtype=dtype, device=device)
     x, dy = (torch.randn(*shape, 144, device=device, dtype=dtype) for _ in range(2))
     truth, values = gradients(plain, x, dy), gradients(fused, x, dy)
     if x.numel() == 0:
@@ -56,9 +57,12 @@ def test_fused_feed_forwards_compute_what_unfused_ones_do(device, dtype, least, 
     assert worst(truth, values) > (least if x.numel() > 2000 else 24)
 
 
-@pytest.mark.parametrize("scale_format", ["fp32", "pow2"])
-def test_fusing_costs_no_accuracy(scale_format):
-    fused, plain = feed_forwards(recipe=Recipe(scale_format=scale_format))
+RECIPES = [Recipe(), Recipe(scale_format="pow2"), Recipe(wgrad="fp8_block")]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fusing_costs_no_accuracy(recipe):
+    fused, plain = feed_forwards(recipe=recipe)
     x, dy = torch.randn(400, 144), torch.randn(400, 144)
     w1, w2, w3 = (getattr(plain, name).weight.detach().clone().requires_grad_() for name in ("w1", "w2", "w3"))
     x_exact = x.clone().requires_grad_()
@@ -71,11 +75,11 @@ def test_fusing_costs_no_accuracy(scale_format):
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (129,), (3, 127)])
-@pytest.mark.parametrize("scale_format", ["fp32", "pow2"])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_inputs_of_swiglu_in_fp8_change_gradients_alone(device, dtype, scale_format, shape):
-    in_bf16, plain = feed_forwards(recipe=Recipe(scale_format=scale_format), dtype=dtype, device=device)
+def test_inputs_of_swiglu_in_fp8_change_gradients_alone(device, dtype, recipe, shape):
+    in_bf16, plain = feed_forwards(recipe=recipe, dtype=dtype, device=device)
     in_fp8 = copy.deepcopy(plain)
     fuse_feed_forward(in_fp8, "fp8")
     x, dy = (torch.randn(*shape, 144, device=device, dtype=dtype) for _ in range(2))
@@ -148,9 +152,10 @@ def gemms(module, x, backward=True):
     return count
 
 
+@pytest.mark.parametrize("wgrad", ["fp8", "fp8_block"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_needs_no_gradient_costs_no_gemm(device):
-    fused, _ = feed_forwards(device=device)
+def test_what_needs_no_gradient_costs_no_gemm(device, wgrad):
+    fused, _ = feed_forwards(recipe=Recipe(wgrad=wgrad), device=device)
     x = torch.randn(32, 144, device=device)
     assert gemms(fused, x.clone().requires_grad_()).gemms == 9
     assert gemms(fused, x).gemms == 7
@@ -166,9 +171,9 @@ def test_what_needs_no_gradient_costs_no_gemm(device):
 
 
 @pytest.mark.parametrize("swiglu_inputs", ["bf16", "fp8"])
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_every_choice_of_what_is_trained_has_its_gradients(checkpointed, swiglu_inputs):
-    fused, plain = feed_forwards(swiglu_inputs=swiglu_inputs)
+@pytest.mark.parametrize("checkpointed, wgrad", [(False, "fp8"), (True, "fp8"), (False, "fp8_block")])
+def test_every_choice_of_what_is_trained_has_its_gradients(checkpointed, wgrad, swiglu_inputs):
+    fused, plain = feed_forwards(recipe=Recipe(wgrad=wgrad), swiglu_inputs=swiglu_inputs)
     for module in (fused, plain):
         module.w2.bias = nn.Parameter(torch.ones(144))
     tensors = ("x", "w1.weight", "w2.weight", "w3.weight", "w2.bias")

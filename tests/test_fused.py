@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from blockfp8_titan import convert_model, norm
+from blockfp8_titan import Recipe, convert_model, norm
 from blockfp8_titan.feed_forward import GatedFeedForward
 from blockfp8_titan.norm import QuantizingRMSNorm
 from blockfp8_titan.numerics import sqnr
@@ -17,29 +17,30 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", CUDA]
 
 
-def pair(device="cpu", dtype=torch.float32, layers=1, swiglu_inputs="bf16", **sizes):
+def pair(device="cpu", dtype=torch.float32, layers=1, swiglu_inputs="bf16", wgrad="fp8", **sizes):
     """A model converted with fusions and one without."""
     models = [model_of(dtype=dtype, device=device, layers=layers, **sizes) for _ in range(2)]
     for model, fuse in zip(models, ("auto", "off"), strict=True):
-        report = convert_model(model, fuse=fuse, swiglu_inputs=swiglu_inputs)
+        report = convert_model(model, recipe=Recipe(wgrad=wgrad), fuse=fuse, swiglu_inputs=swiglu_inputs)
         assert all(fusion.fused == (fuse == "auto") for fusion in report.fusions) and report.fusions
     return models
 
 
 @pytest.mark.parametrize(
-    "name, layers, dtype, least",
+    "name, layers, dtype, least, wgrad",
     [
         # In fp32 they differ where a last bit sends a value to the neighbouring e4m3 number; what follows differs more with each.
-        ("llama3", 1, torch.float32, 35),
-        ("qwen3", 1, torch.float32, 35),
-        ("llama4", 1, torch.float32, 35),
-        ("deepseek_v3", 1, torch.float32, 35),
-        ("llama3", 2, torch.bfloat16, 25),
+        ("llama3", 1, torch.float32, 35, "fp8"),
+        ("qwen3", 1, torch.float32, 35, "fp8"),
+        ("llama4", 1, torch.float32, 35, "fp8"),
+        ("deepseek_v3", 1, torch.float32, 35, "fp8"),
+        ("llama3", 2, torch.bfloat16, 25, "fp8"),
+        ("llama3", 1, torch.float32, 35, "fp8_block"),
     ],
 )
 @pytest.mark.parametrize("device", DEVICES)
-def test_fused_models_compute_what_unfused_ones_do(device, name, layers, dtype, least):
-    fused, plain = pair(device, dtype, layers, name=name)
+def test_fused_models_compute_what_unfused_ones_do(device, name, layers, dtype, least, wgrad):
+    fused, plain = pair(device, dtype, layers, name=name, wgrad=wgrad)
     tokens = tokens_for(fused)
     truth, values = step(plain, tokens), step(fused, tokens)
     assert all(value.isfinite().all() for value in values.values())
@@ -60,6 +61,26 @@ FUSED_CALLS = {
     "swiglu_backward_quantize_1x128_both": 1,
     "quantize_1x128_both": 6,  # what wo multiplies, and the gradients of wq, wk, wv, wo and w2
 }
+
+
+BLOCK_CALLS = {
+    "rms_norm_quantize_1x128": 4,  # rows, and blocks for dw
+    "swiglu_quantize_1x128": 1,
+    "swiglu_backward_quantize_1x128_both": 1,
+    "quantize_1x128": 1,  # what wo multiplies
+    "quantize_128x128_columns": 1,  # the same for dw
+    "quantize_1x128_both": 5,
+    "gemm_1x128_1x128": 0,
+    "gemm_1x128_128x128": 21,
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_launches_of_a_block_whose_inputs_are_in_blocks_for_dw(device):
+    fused, _ = pair(device, layers=2, wgrad="fp8_block")
+    with CountOps() as count:
+        step(fused, tokens_for(fused))
+    assert {name: count.calls[name] for name in BLOCK_CALLS} == {name: 2 * n for name, n in BLOCK_CALLS.items()}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -115,16 +136,16 @@ def test_bytes_kept_for_backward(mode):
     assert spared >= linears - 1.05 * tokens * 3 * K, (spared, linears)
 
 
-@pytest.mark.parametrize("swiglu_inputs", ["bf16", "fp8"])
+@pytest.mark.parametrize("swiglu_inputs, wgrad", [("bf16", "fp8"), ("fp8", "fp8"), ("fp8", "fp8_block")])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiled_blocks_compute_what_eager_ones_do(device, backend, swiglu_inputs, monkeypatch):
+def test_compiled_blocks_compute_what_eager_ones_do(device, backend, swiglu_inputs, wgrad, monkeypatch):
     torch._dynamo.reset()
     if backend == "aot_eager":  # else the two round RMSNorm's gradients differently on a GPU
         monkeypatch.setattr(norm, "fused_gradients_run", lambda dy: False)
     # On a GPU as it trains; on a CPU bf16 is slow.
     options = {"dtype": torch.bfloat16, "layers": 2} if device == "cuda" else {}
-    fused, _ = pair(device, swiglu_inputs=swiglu_inputs, **options)
+    fused, _ = pair(device, swiglu_inputs=swiglu_inputs, wgrad=wgrad, **options)
     compiled = copy.deepcopy(fused)
     for name, block in compiled.layers.named_children():
         compiled.layers.register_module(name, torch.compile(block, fullgraph=True, backend=backend))

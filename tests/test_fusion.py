@@ -100,8 +100,20 @@ def test_off_fuses_nothing_and_a_bad_choice_is_refused():
         (Rule("layers.0.feed_forward.w2", "skip"), {"feed_forward": "w2 is not in fp8"}),
         (Rule("layers.0.feed_forward.w2", wgrad="bf16"), {"feed_forward": "w2 has wgrad = 'bf16'"}),
         (
-            Rule("layers.0.feed_forward.w1", wgrad="fp8_block"),
-            {"ffn_norm": "w1 has wgrad = 'fp8_block'", "feed_forward": "w1 has wgrad = 'fp8_block'"},
+            Rule("layers.0.feed_forward.w1", wgrad="bf16"),
+            {"ffn_norm": "w1 has wgrad = 'bf16'", "feed_forward": "w1 has wgrad = 'bf16'"},
+        ),
+        (Rule("layers.0.*", wgrad="fp8_block"), {}),
+        (
+            Rule("layers.0.feed_forward.w3", wgrad="fp8_block"),
+            {
+                "ffn_norm": "w3 wants its input quantised in another way than w1",
+                "feed_forward": "w1 and w3 have different recipes",
+            },
+        ),
+        (
+            Rule("layers.0.feed_forward.w2", wgrad="fp8_block"),
+            {"feed_forward": "w2 quantises in another way than w1 and w3"},
         ),
         (
             Rule("layers.0.feed_forward.w2", scale_format="pow2"),

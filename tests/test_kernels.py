@@ -61,15 +61,27 @@ CASES = {
         {"num_warps": 8},
     ),
     "quantize_1x128_columns": (
-        quantize._quantize_1x128_columns_kernel,
+        quantize._quantize_columns_kernel,
         {"x_ptr": "*bf16"},
-        {"RUN": 8, "PADDED": False, "POW2": False},
+        {"RUN": 8, "PADDED": False, "POW2": False, "SQUARE": False},
         {"num_warps": 4, "maxnreg": 168},
     ),
     "quantize_1x128_columns, eight warps": (
-        quantize._quantize_1x128_columns_kernel,
+        quantize._quantize_columns_kernel,
         {"x_ptr": "*fp32"},
-        {"RUN": 4, "PADDED": False, "POW2": True},
+        {"RUN": 4, "PADDED": False, "POW2": True, "SQUARE": False},
+        {"num_warps": 8},
+    ),
+    "quantize_128x128_columns": (
+        quantize._quantize_columns_kernel,
+        {"x_ptr": "*bf16"},
+        {"RUN": 8, "PADDED": False, "POW2": False, "SQUARE": True},
+        {"num_warps": 4, "maxnreg": 168},
+    ),
+    "quantize_128x128_columns, padded": (
+        quantize._quantize_columns_kernel,
+        {"x_ptr": "*fp32"},
+        {"RUN": 4, "PADDED": True, "POW2": True, "SQUARE": True},
         {"num_warps": 8},
     ),
     "quantize_128x128": (quantize._quantize_128x128_kernel, {"w_ptr": "*fp32"}, {"POW2": False}, {"num_warps": 8}),
@@ -94,37 +106,49 @@ CASES = {
     "swiglu": (
         producers._quantize_swiglu_kernel,
         {"gate_ptr": "*bf16", "up_ptr": "*bf16"},
-        {"RUN": 4, "ROWS": True, "COLUMNS": True, "PADDED": False, "POW2": False},
+        {"RUN": 4, "ROWS": True, "COLUMNS": True, "PADDED": False, "POW2": False, "SQUARE": False},
         {"num_warps": 8, "maxnreg": 128},
     ),
     "swiglu_columns": (
         producers._quantize_swiglu_kernel,
         {"gate_ptr": "*bf16", "up_ptr": "*bf16"},
-        {"RUN": 8, "ROWS": False, "COLUMNS": True, "PADDED": False, "POW2": False},
+        {"RUN": 8, "ROWS": False, "COLUMNS": True, "PADDED": False, "POW2": False, "SQUARE": False},
+        {"num_warps": 4, "maxnreg": 168},
+    ),
+    "swiglu_blocks": (
+        producers._quantize_swiglu_kernel,
+        {"gate_ptr": "*bf16", "up_ptr": "*bf16"},
+        {"RUN": 8, "ROWS": False, "COLUMNS": True, "PADDED": False, "POW2": False, "SQUARE": True},
         {"num_warps": 4, "maxnreg": 168},
     ),
     "swiglu_backward": (
         producers._quantize_swiglu_gradients_kernel,
         {"dh_ptr": "*bf16", "gate_ptr": "*bf16", "up_ptr": "*bf16"},
-        {"WITH_H": True, "RUN": 4, "PADDED": False, "POW2": False},
+        {"WITH_H": True, "RUN": 4, "PADDED": False, "POW2": False, "SQUARE": False},
         {"num_warps": 8},
     ),
     "swiglu_backward, gradients alone": (
         producers._quantize_swiglu_gradients_kernel,
         {"dh_ptr": "*bf16", "gate_ptr": "*bf16", "up_ptr": "*bf16"},
-        {"WITH_H": False, "RUN": 4, "PADDED": False, "POW2": False},
+        {"WITH_H": False, "RUN": 4, "PADDED": False, "POW2": False, "SQUARE": False},
         {"num_warps": 8},
     ),
     "swiglu_backward, of payloads": (
         producers._quantize_swiglu_gradients_kernel,
         {"dh_ptr": "*bf16", "gate_ptr": "*fp8e4nv", "up_ptr": "*fp8e4nv"},
-        {"WITH_H": True, "RUN": 4, "PADDED": False, "POW2": False},
+        {"WITH_H": True, "RUN": 4, "PADDED": False, "POW2": False, "SQUARE": False},
         {"num_warps": 8},
     ),
     "swiglu_backward, of payloads, padded": (
         producers._quantize_swiglu_gradients_kernel,
         {"dh_ptr": "*fp32", "gate_ptr": "*fp8e4nv", "up_ptr": "*fp8e4nv"},
-        {"WITH_H": True, "RUN": 4, "PADDED": True, "POW2": True},
+        {"WITH_H": True, "RUN": 4, "PADDED": True, "POW2": True, "SQUARE": False},
+        {"num_warps": 8},
+    ),
+    "swiglu_backward, h in blocks": (
+        producers._quantize_swiglu_gradients_kernel,
+        {"dh_ptr": "*bf16", "gate_ptr": "*fp8e4nv", "up_ptr": "*fp8e4nv"},
+        {"WITH_H": True, "RUN": 4, "PADDED": False, "POW2": False, "SQUARE": True},
         {"num_warps": 8},
     ),
     "swiglu_rows": (
@@ -148,7 +172,7 @@ CASES = {
     "swiglu_backward, padded": (
         producers._quantize_swiglu_gradients_kernel,
         {"dh_ptr": "*fp32", "gate_ptr": "*fp32", "up_ptr": "*fp32"},
-        {"WITH_H": True, "RUN": 4, "PADDED": True, "POW2": True},
+        {"WITH_H": True, "RUN": 4, "PADDED": True, "POW2": True, "SQUARE": False},
         {"num_warps": 8},
     ),
     "rms_norm, whole rows": (
@@ -172,13 +196,19 @@ CASES = {
     "rms_norm": (
         producers._quantize_rms_norm_kernel,
         {"x_ptr": "*bf16", "weight_ptr": "*fp32"},
-        {"RUN": 4, "ROWS": True, "COLUMNS": True, "PADDED": False, "POW2": False},
+        {"RUN": 4, "ROWS": True, "COLUMNS": True, "PADDED": False, "POW2": False, "SQUARE": False},
         {"num_warps": 8, "maxnreg": 128},
     ),
     "rms_norm_columns": (
         producers._quantize_rms_norm_kernel,
         {"x_ptr": "*bf16", "weight_ptr": "*fp32"},
-        {"RUN": 8, "ROWS": False, "COLUMNS": True, "PADDED": False, "POW2": False},
+        {"RUN": 8, "ROWS": False, "COLUMNS": True, "PADDED": False, "POW2": False, "SQUARE": False},
+        {"num_warps": 4, "maxnreg": 168},
+    ),
+    "rms_norm_blocks": (
+        producers._quantize_rms_norm_kernel,
+        {"x_ptr": "*bf16", "weight_ptr": "*fp32"},
+        {"RUN": 8, "ROWS": False, "COLUMNS": True, "PADDED": False, "POW2": False, "SQUARE": True},
         {"num_warps": 4, "maxnreg": 168},
     ),
     "amax_128x128_": (
@@ -329,12 +359,12 @@ def test_hopper_gemm_is_well_assembled(c_dtype, b_per_row, tiling, tmp_path):
     assert_well_assembled(compiled, log.getvalue(), tmp_path)
 
 
-@pytest.mark.parametrize("with_h", [False, True])
+@pytest.mark.parametrize("with_h, square", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("inputs", ["*bf16", "*fp8e4nv"])
-def test_hopper_swiglu_gradients_are_well_assembled(inputs, with_h, tmp_path):
+def test_hopper_swiglu_gradients_are_well_assembled(inputs, with_h, square, tmp_path):
     types = {"dh_ptr": "*bf16", "gate_ptr": inputs, "up_ptr": inputs}
     with assembler_log() as log:
-        constants = {"WITH_H": with_h, "POW2": False}
+        constants = {"WITH_H": with_h, "POW2": False, "SQUARE": square}
         compiled = compile_both_for_hopper(both_hopper._quantize_swiglu_gradients_kernel, types, constants)
     assert_well_assembled(compiled, log.getvalue(), tmp_path)
     assert sass_resources(compiled, tmp_path)[0] <= 128 and 2 * compiled.metadata.shared <= SHARED_MEMORY[90] * 1024

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from blockfp8_titan import BlockwiseFP8Linear, Recipe
+from blockfp8_titan import BlockwiseFP8Linear, Recipe, reference
 from blockfp8_titan.activation import QuantizedInput
 from blockfp8_titan.norm import quantize_output_of
 from blockfp8_titan.numerics import SQNR_FLOOR_DB, sqnr
@@ -32,11 +32,10 @@ def plain_norm(norm):
     return twin
 
 
-@pytest.mark.parametrize("scale_format", ["fp32", "pow2"])
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(scale_format="pow2"), Recipe(wgrad="fp8_block")])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_norm_and_its_linear_are_as_exact_as_a_linear(device, dtype, scale_format):
-    recipe = Recipe(scale_format=scale_format)
+def test_a_norm_and_its_linear_are_as_exact_as_a_linear(device, dtype, recipe):
     fused = nn.Sequential(
         quantizing_norm(528, recipe, dtype, device),
         BlockwiseFP8Linear(528, 400, bias=False, recipe=recipe, device=device, dtype=dtype),
@@ -47,8 +46,10 @@ def test_a_norm_and_its_linear_are_as_exact_as_a_linear(device, dtype, scale_for
     truth, values = gradients(exact, x.to(dtype).float(), dy.to(dtype).float()), gradients(fused, x.to(dtype), dy)
     assert all(value.dtype == dtype for value in values.values())
     assert sqnr(truth["0.weight"], values["0.weight"]) > 26  # few values: a wider spread than the floors allow for
-    for name, floor in (("y", "y"), ("dx", "dx"), ("1.weight", "dw")):
-        assert sqnr(truth[name], values[name]) >= SQNR_FLOOR_DB["pow2" if scale_format == "pow2" else floor], name
+    dw = "dw_fp8_block" if recipe.wgrad == "fp8_block" else "dw"
+    for name, floor in (("y", "y"), ("dx", "dx"), ("1.weight", dw)):
+        floor = "pow2" if recipe.scale_format == "pow2" else floor
+        assert sqnr(truth[name], values[name]) >= SQNR_FLOOR_DB[floor], name
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -74,13 +75,19 @@ def test_the_norms_gradients_are_those_of_torchs(device, dtype, shape, apart):
         )
 
 
-def test_rows_and_columns_apart_are_those_made_together():
-    norm = quantizing_norm(144)
-    together = norm(torch.randn(5, 27, 144, generator=torch.Generator().manual_seed(0)))
-    norm.recomputation = Recomputation(columns_apart=True)
-    apart = norm(torch.randn(5, 27, 144, generator=torch.Generator().manual_seed(0)))
-    for a, b in zip((*together.rows, *together.columns), (*apart.rows, *apart.columns), strict=True):
-        assert torch.equal(a.float(), b.float())
+@pytest.mark.parametrize("wgrad", ["fp8", "fp8_block"])
+def test_rows_and_columns_apart_are_those_made_together(wgrad):
+    norm = quantizing_norm(144, Recipe(wgrad=wgrad))
+    x = torch.randn(5, 27, 144)
+    together = norm(x)
+    y = plain_norm(norm)(x).detach().view(-1, 144)
+    quantize = {"fp8": reference.quantize_1x128_columns, "fp8_block": reference.quantize_128x128_columns}[wgrad]
+    assert [part.shape for part in together.columns] == [part.shape for part in quantize(y)] and together.wgrad == wgrad
+    for output in (False, True):
+        norm.recomputation = Recomputation(columns_apart=True, output=output)
+        apart = norm(x)
+        for a, b in zip((*together.rows, *together.columns), (*apart.rows, *apart.columns), strict=True):
+            assert torch.equal(a.float(), b.float())
 
 
 @pytest.mark.parametrize("change", ["hook", "dtype"])

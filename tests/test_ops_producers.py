@@ -12,7 +12,9 @@ LAYOUTS = {
     "rows": ops.quantize_1x128,
     "columns": ops.quantize_1x128_columns,
     "both": ops.quantize_1x128_both,
+    "blocks": ops.quantize_128x128_columns,
 }
+H_LAYOUTS = ("columns", "blocks")
 SHAPES = [(0, 144), (1, 16), (7, 272), (127, 144), (129, 128), (300, 272), (16, 16), (176, 272)]
 LARGE = [(300, 4096), (129, 14336), (7, 16400), (384, 4096)]
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -80,10 +82,11 @@ def test_gradients_are_quantised_both_ways():
         results = ops.swiglu_backward_quantize_1x128_both(dh, gate, up)
         for outs, exact in zip(results, reference.swiglu_backward(dh, gate, up), strict=True):
             assert_equal(outs, ops.quantize_1x128_both(exact), shape)
-        *gradients, h = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, with_h=True)
-        for outs, same in zip(gradients, results, strict=True):
-            assert_equal(outs, same, shape)
-        assert_equal(h, ops.swiglu_quantize_1x128(gate, up, "columns"), shape)
+        for layout in H_LAYOUTS:
+            *gradients, h = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, h=layout)
+            for outs, same in zip(gradients, results, strict=True):
+                assert_equal(outs, same, shape)
+            assert_equal(h, ops.swiglu_quantize_1x128(gate, up, layout), shape)
 
 
 @pytest.mark.parametrize("scale_format", ["fp32", "pow2"])
@@ -94,15 +97,19 @@ def test_inputs_of_swiglu_are_kept_in_fp8(scale_format):
         for outs, values in zip(kept, (reference.swiglu(gate, up), gate, up), strict=True):
             assert_equal(outs, ops.quantize_1x128(values, scale_format), shape)
         _, (gate_q, gate_dq), (up_q, up_dq) = kept
-        of_payloads = ops.swiglu_backward_quantize_1x128_both(
-            dh, gate_q, up_q, scale_format, gate_dq=gate_dq, up_dq=up_dq, with_h=True
-        )
+        of_payloads = {
+            layout: ops.swiglu_backward_quantize_1x128_both(
+                dh, gate_q, up_q, scale_format, gate_dq=gate_dq, up_dq=up_dq, h=layout
+            )
+            for layout in H_LAYOUTS
+        }
         gate, up = reference.dequantize_1x128(gate_q, gate_dq), reference.dequantize_1x128(up_q, up_dq)
         dgate, dup = (x.to(dtype) for x in reference.swiglu_backward(dh.float(), gate, up))
         h = reference.swiglu(gate, up).to(dtype)
         twins = [ops.quantize_1x128_both(x, scale_format) for x in (dgate, dup)]
-        for outs, twin in zip(of_payloads, (*twins, ops.quantize_1x128_columns(h, scale_format)), strict=True):
-            assert_equal(outs, twin, shape)
+        for layout, results in of_payloads.items():
+            for outs, twin in zip(results, (*twins, LAYOUTS[layout](h, scale_format)), strict=True):
+                assert_equal(outs, twin, shape, layout)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -127,7 +134,7 @@ def test_nonfinite_values_spoil_their_own_blocks(device, poison):
     # Of payloads, the group that held it is spoilt, in dgate and h.
     _, kept_gate, kept_up = ops.swiglu_quantize_1x128_with_inputs(gate, up)
     dgate, dup, h = ops.swiglu_backward_quantize_1x128_both(
-        dh, kept_gate[0], kept_up[0], gate_dq=kept_gate[1], up_dq=kept_up[1], with_h=True
+        dh, kept_gate[0], kept_up[0], gate_dq=kept_gate[1], up_dq=kept_up[1], h="columns"
     )
     group = torch.zeros(K, M, dtype=torch.bool)
     group[128:256, :128] = True
@@ -195,11 +202,11 @@ def test_swiglu_kernels_quantise_what_they_compute(kind, dtype, scale_format):
             outs = ops.swiglu_quantize_1x128(gate, up, layout, scale_format)
             assert_equal(outs, quantize(h, scale_format, backend="reference"), kind, shape, layout)
         exact = [ops.quantize_1x128_both(x, scale_format, backend="reference") for x in (dgate, dup)]
-        exact.append(ops.quantize_1x128_columns(h, scale_format, backend="reference"))
-        for with_h in (False, True):
-            results = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, scale_format, with_h=with_h)
-            for outs, twin in zip(results, exact[: len(results)], strict=True):
-                assert_equal(outs, twin, kind, shape, with_h)
+        for layout in (None, *H_LAYOUTS):
+            of_h = [LAYOUTS[layout](h, scale_format, backend="reference")] if layout else []
+            results = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, scale_format, h=layout)
+            for outs, twin in zip(results, exact + of_h, strict=True):
+                assert_equal(outs, twin, kind, shape, layout)
         kept = ops.swiglu_quantize_1x128_with_inputs(gate, up, scale_format)
         for outs, values in zip(kept, (h, gate, up), strict=True):
             assert_equal(outs, ops.quantize_1x128(values, scale_format, backend="reference"), kind, shape)
@@ -208,14 +215,14 @@ def test_swiglu_kernels_quantise_what_they_compute(kind, dtype, scale_format):
             ops.quantize_1x128_both(x.to(dtype), scale_format, backend="reference")
             for x in elementwise.swiglu_backward(dh.float(), *values)
         ]
-        h_columns = elementwise.swiglu(*values).to(dtype)
-        exact.append(ops.quantize_1x128_columns(h_columns, scale_format, backend="reference"))
-        for with_h in (False, True):
+        h_again = elementwise.swiglu(*values).to(dtype)
+        for layout in (None, *H_LAYOUTS):
+            of_h = [LAYOUTS[layout](h_again, scale_format, backend="reference")] if layout else []
             results = ops.swiglu_backward_quantize_1x128_both(
-                *(dh, kept[1][0], kept[2][0], scale_format), gate_dq=kept[1][1], up_dq=kept[2][1], with_h=with_h
+                *(dh, kept[1][0], kept[2][0], scale_format), gate_dq=kept[1][1], up_dq=kept[2][1], h=layout
             )
-            for outs, twin in zip(results, exact[: len(results)], strict=True):
-                assert_equal(outs, twin, kind, shape, with_h, "of payloads")
+            for outs, twin in zip(results, exact + of_h, strict=True):
+                assert_equal(outs, twin, kind, shape, layout, "of payloads")
         expected_dgate, expected_dup = reference.swiglu_backward(dh, gate, up)
         for actual, expected, terms in (
             (h, reference.swiglu(gate, up), 0.0),
@@ -239,11 +246,12 @@ def test_rows_of_gradients_may_lie_anywhere(of_payloads):
         if of_payloads:
             (gate, gate_dq), (up, up_dq) = ops.quantize_1x128(gate), ops.quantize_1x128(up)
             multipliers = {"gate_dq": gate_dq, "up_dq": up_dq}
-        results = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, with_h=True, **multipliers)
         alone = (dh.contiguous(), gate.contiguous(), up.contiguous())
-        expected = ops.swiglu_backward_quantize_1x128_both(*alone, with_h=True, **multipliers)
-        for outs, others in zip(results, expected, strict=True):
-            assert_equal(outs, others, first, step)
+        for layout in H_LAYOUTS:
+            results = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, h=layout, **multipliers)
+            expected = ops.swiglu_backward_quantize_1x128_both(*alone, h=layout, **multipliers)
+            for outs, others in zip(results, expected, strict=True):
+                assert_equal(outs, others, first, step, layout)
         assert_equal(ops.quantize_1x128_both(dh), ops.quantize_1x128_both(alone[0]), first, step)
 
 
@@ -260,8 +268,8 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(bits(outs[2][:, last]), bits(expected[2]))
     assert torch.equal(bits(outs[3][:, -1:]), bits(expected[3]))
     del outs
-    results = ops.swiglu_backward_quantize_1x128_both(gate, gate, gate, with_h=True)
-    *gradients, h = ops.swiglu_backward_quantize_1x128_both(tail, tail, tail, with_h=True)
+    results = ops.swiglu_backward_quantize_1x128_both(gate, gate, gate, h="columns")
+    *gradients, h = ops.swiglu_backward_quantize_1x128_both(tail, tail, tail, h="columns")
     for outs, expected in zip(results, gradients, strict=False):
         assert torch.equal(bits(outs[0][last]), bits(expected[0])) and torch.equal(
             bits(outs[1][last]), bits(expected[1])
@@ -293,9 +301,9 @@ def test_opcheck(device, M):
     arguments = (x, x + 1, "fp32", "auto")
     torch.library.opcheck(torch.ops.blockfp8.swiglu_quantize_1x128_with_inputs, arguments, test_utils=CHECKS)
     _, gate, up = ops.swiglu_quantize_1x128_with_inputs(x + 1, x + 2)
-    for with_h in (False, True):
+    for layout in (None, *H_LAYOUTS):
         for inputs in ((x + 1, None, x + 2, None), (*gate, *up)):
-            arguments = (x, *inputs, "fp32", with_h, "auto")
+            arguments = (x, *inputs, "fp32", layout, "auto")
             torch.library.opcheck(torch.ops.blockfp8.swiglu_backward_quantize_1x128_both, arguments, test_utils=CHECKS)
 
 
@@ -313,7 +321,19 @@ def test_compiled_calls_give_the_same_and_layouts_stay_apart(device):
         yt_q, yt_dq, _ = ops.rms_norm_quantize_1x128(x, weight, 1e-5, "columns", rstd=rstd)
         dgate, dup = ops.swiglu_backward_quantize_1x128_both(x, up, x)
         rows, columns = (ops.swiglu_quantize_1x128(x, up, layout) for layout in ("rows", "columns"))
-        return y_q, y_dq, rstd, yt_q, yt_dq, *dgate, *dup, *rows, *columns, *ops.quantize_1x128_columns(x)
+        return (
+            y_q,
+            y_dq,
+            rstd,
+            yt_q,
+            yt_dq,
+            *dgate,
+            *dup,
+            *rows,
+            *columns,
+            *ops.quantize_1x128_columns(x),
+            *ops.quantize_128x128_columns(x),
+        )
 
     outs, code = run_and_get_code(torch.compile(run, fullgraph=True), x, up, weight)
     assert_equal(outs, run(x, up, weight))
@@ -355,6 +375,7 @@ def test_bad_arguments_are_named():
         (lambda: backward(x, q, q[:3], gate_dq=dq, up_dq=dq), r"up has shape \(3, 32\): must be dh's, \(4, 32\)"),
         (lambda: backward(x, q, q, gate_dq=dq[:3], up_dq=dq), r"gate_dq has shape \(3, 1\): must be \(4, 1\) for its payload"),
         (lambda: backward(x, q, q, gate_dq=dq, up_dq=dq.to("meta")), "up_dq is on meta and dh on cpu: must be on one device"),
+        (lambda: backward(x, x, x, h="rows"), "h = 'rows': must be one of None, 'columns', 'blocks'"),
         (lambda: backward(x.half(), x, x), "dh has dtype torch.float16"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

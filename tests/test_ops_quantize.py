@@ -13,6 +13,7 @@ OPS = [
     ops.quantize_1x128_columns,
     ops.quantize_128x128,
     ops.quantize_128x128_both,
+    ops.quantize_128x128_columns,
 ]
 # M = 0 and 1, around one group, a prime, a token count; K: least, no multiple of 128, one group, more.
 SHAPES = [(0, 256), (1, 16), (7, 144), (127, 128), (129, 208), (130, 272), (384, 640), (144, 208), (1003, 1296)]
@@ -70,6 +71,9 @@ def test_layouts(device, shape):
     w_q, w_dq = ops.quantize_128x128(x)
     for part, whole in zip(ops.quantize_128x128_both(x), (w_q, w_dq, ops.transpose_fp8(w_q)), strict=True):
         assert torch.equal(bits(part), bits(whole)) and part.stride() == whole.stride()
+    for part, whole in zip(ops.quantize_128x128_columns(x), (ops.transpose_fp8(w_q), w_dq.t()), strict=True):
+        assert torch.equal(bits(part), bits(whole)) and part.shape == whole.shape
+    assert xt_q.stride() == ops.quantize_128x128_columns(x)[0].stride()
     assert w_q.is_contiguous() and w_dq.shape == (groups_m, groups_k) and w_dq.is_contiguous()
 
 
@@ -82,6 +86,7 @@ def test_padding_of_transposed_rows_is_zero(device, M):
         ops.quantize_1x128_both(x)[2],
         ops.quantize_1x128_columns(x)[0],
         ops.quantize_128x128_both(x)[2],
+        ops.quantize_128x128_columns(x)[0],
         ops.transpose_fp8(ops.quantize_128x128(x)[0]),
     ):
         assert padding(xt_q).numel() and not padding(xt_q).any()

@@ -115,31 +115,40 @@ def _larger_of_bf16(a, b):
 
 
 @gluon.jit
-def _store_columns(x, amax_bits, q_ptr, dq_ptrs, m, k, M, in_columns, mask, POW2: gl.constexpr):
-    """Quantise every second column and store it transposed, with its multipliers."""
-    dq = block_multiplier(amax_bits, POW2)
-    q = _e4m3_of_rows(quotient(x, dq[None, :], True))
+def _store_columns(x, dq, q_ptr, m, k, M, mask):
+    """Quantise every second column and store it transposed."""
+    q = _e4m3_of_rows(quotient(x, dq, True))
     # From the order of `_rows_of` to that of the matrix, in which a thread has 16 rows after each other.
     q = q.reshape((2, 2, 4, 8, WORDS)).permute((0, 2, 1, 3, 4)).reshape((BLOCK, WORDS))
     gl.store(q_ptr + k[None, :] * M + m[:, None], gl.convert_layout(q, BY_COLUMN, assert_trivial=True), mask=mask)
-    gl.store(dq_ptrs, dq, mask=in_columns)
 
 
 @gluon.jit
-def _store_tile_columns(buf, q_ptr, dq_ptr, row, column, M, K, POW2: gl.constexpr):
-    """Quantise the columns of a tile in shared memory and store them transposed, with their multipliers."""
+def _store_tile_columns(buf, q_ptr, dq_ptr, row, column, M, K, POW2: gl.constexpr, SQUARE: gl.constexpr):
+    """Quantise the columns of a tile in shared memory and store them transposed, with their multipliers: one if SQUARE."""
     rows, columns = M - row * BLOCK, K - column * BLOCK
     m = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, BY_COLUMN))
     k = 2 * gl.arange(0, WORDS, layout=gl.SliceLayout(0, BY_COLUMN))
     k_dq = 2 * gl.arange(0, WORDS, layout=gl.SliceLayout(0, BY_RUN))
     mask = (m < rows)[:, None] & (k < columns)[None, :]
     q_ptr += (column * BLOCK).to(gl.int64) * M + row * BLOCK
-    dq_ptrs = dq_ptr + (row.to(gl.int64) * K + column * BLOCK) + k_dq
     words = buf.load(BY_RUN)
     largest = gl.reduce(words, 0, _larger_of_bf16)
     even, odd = _two_of_bf16(words)
-    _store_columns(even, largest << 16 & 0x7FFFFFFF, q_ptr, dq_ptrs, m, k, M, k_dq < columns, mask, POW2)
-    _store_columns(odd, largest & 0x7FFF0000, q_ptr + M, dq_ptrs + 1, m, k, M, k_dq < columns, mask, POW2)
+    if SQUARE:
+        largest = gl.reduce(largest, 0, _larger_of_bf16)
+        dq = block_multiplier(gl.maximum(largest << 16 & 0x7FFFFFFF, largest & 0x7FFF0000), POW2)
+        gl.store(dq_ptr + (row.to(gl.int64) * gl.cdiv(K, BLOCK) + column), dq)
+        _store_columns(even, dq, q_ptr, m, k, M, mask)
+        _store_columns(odd, dq, q_ptr + M, m, k, M, mask)
+    else:
+        dq_ptrs = dq_ptr + (row.to(gl.int64) * K + column * BLOCK) + k_dq
+        dq = block_multiplier(largest << 16 & 0x7FFFFFFF, POW2)
+        _store_columns(even, dq[None, :], q_ptr, m, k, M, mask)
+        gl.store(dq_ptrs, dq, mask=k_dq < columns)
+        dq = block_multiplier(largest & 0x7FFF0000, POW2)
+        _store_columns(odd, dq[None, :], q_ptr + M, m, k, M, mask)
+        gl.store(dq_ptrs + 1, dq, mask=k_dq < columns)
 
 
 @gluon.jit
@@ -204,7 +213,7 @@ def _quantize_1x128_both_kernel(x_ptr, x_q_ptr, x_dq_ptr, xt_q_ptr, xt_dq_ptr, M
         m = _rows_of(i)
         in_rows, mask = _inside(m, row, column, M, K)
         _store_rows(words, q_ptr, dq_ptr, m, K, in_rows, mask, POW2)
-    _store_tile_columns(buf, xt_q_ptr, xt_dq_ptr, row, column, M, K, POW2)
+    _store_tile_columns(buf, xt_q_ptr, xt_dq_ptr, row, column, M, K, POW2, False)
 
 
 @gluon.jit
@@ -260,6 +269,7 @@ def _quantize_swiglu_gradients_kernel(
     up_stride,
     WITH_H: gl.constexpr,
     POW2: gl.constexpr,
+    SQUARE: gl.constexpr,
 ):
     """As `producers._quantize_swiglu_gradients_kernel`, for bf16 dh."""
     PAYLOADS: gl.constexpr = gate_ptr.dtype.element_ty == gl.float8e4nv
@@ -303,7 +313,7 @@ def _quantize_swiglu_gradients_kernel(
         in_rows, mask = _inside(m, row, column, M, K)
         _store_rows(dgate, dgate_q_ptr, dgate_dq_ptr + start_dq, m, K, in_rows, mask, POW2)
         _store_rows(dup, dup_q_ptr, dup_dq_ptr + start_dq, m, K, in_rows, mask, POW2)
-    _store_tile_columns(dgate_buf, dgatet_q_ptr, dgatet_dq_ptr, row, column, M, K, POW2)
-    _store_tile_columns(dup_buf, dupt_q_ptr, dupt_dq_ptr, row, column, M, K, POW2)
+    _store_tile_columns(dgate_buf, dgatet_q_ptr, dgatet_dq_ptr, row, column, M, K, POW2, False)
+    _store_tile_columns(dup_buf, dupt_q_ptr, dupt_dq_ptr, row, column, M, K, POW2, False)
     if WITH_H:
-        _store_tile_columns(h_buf, ht_q_ptr, ht_dq_ptr, row, column, M, K, POW2)
+        _store_tile_columns(h_buf, ht_q_ptr, ht_dq_ptr, row, column, M, K, POW2, SQUARE)

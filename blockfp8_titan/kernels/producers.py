@@ -1,7 +1,8 @@
 """Kernels that compute what is then quantised: RMSNorm, SwiGLU and its gradients. The result itself is never written.
 
 It is computed in fp32 and rounded once to its inputs' dtype, so that what is quantised is what an unfused kernel would have written.
-ROWS and COLUMNS say which layouts are stored; pointers of the other are not used. Names and layouts as in `quantize` and `tiles`.
+ROWS and COLUMNS say which layouts are stored; pointers of the other are not used. SQUARE: columns are quantised in blocks of 128x128.
+Names and layouts as in `quantize` and `tiles`.
 """
 
 import triton
@@ -95,12 +96,13 @@ def _store(
     PADDED: tl.constexpr,
     POW2: tl.constexpr,
     BF16: tl.constexpr,
+    SQUARE: tl.constexpr,
 ):
     """Quantise a tile in the order of `tile_in_runs`, and store it in the layouts asked for. BF16: y are bf16 in value."""
     if ROWS:
         store_rows(y, column, m, k, mask, y_q_ptr, y_dq_ptr, M, K, POW2, BF16)
     if COLUMNS:
-        store_columns(y, row, column, m, k, yt_q_ptr, yt_dq_ptr, M, K, yt_stride, RUN, PADDED, POW2, BF16)
+        store_columns(y, row, column, m, k, yt_q_ptr, yt_dq_ptr, M, K, yt_stride, RUN, PADDED, POW2, BF16, SQUARE)
 
 
 @triton.jit(do_not_specialize=["M"])  # see pack_e4m3
@@ -121,6 +123,7 @@ def _quantize_swiglu_kernel(
     COLUMNS: tl.constexpr,
     PADDED: tl.constexpr,
     POW2: tl.constexpr,
+    SQUARE: tl.constexpr,
 ):
     """gate, up [M, K] -> h = silu(gate) * up, quantised."""
     BF16: tl.constexpr = gate_ptr.dtype.element_ty == tl.bfloat16
@@ -130,7 +133,7 @@ def _quantize_swiglu_kernel(
     up = _load_tile(up_ptr, row, m, k, up_stride, mask).to(tl.float32)
     h = _round_to(swiglu(gate, up), gate_ptr)
     _store(
-        h, row, column, m, k, mask, h_q_ptr, h_dq_ptr, ht_q_ptr, ht_dq_ptr, M, K, ht_stride, RUN, ROWS, COLUMNS, PADDED, POW2, BF16
+        h, row, column, m, k, mask, h_q_ptr, h_dq_ptr, ht_q_ptr, ht_dq_ptr, M, K, ht_stride, RUN, ROWS, COLUMNS, PADDED, POW2, BF16, SQUARE
     )  # fmt: skip
 
 
@@ -199,8 +202,10 @@ def _quantize_swiglu_gradients_kernel(
     RUN: tl.constexpr,
     PADDED: tl.constexpr,
     POW2: tl.constexpr,
+    SQUARE: tl.constexpr,
 ):
-    """dh, gate, up [M, K] -> the gradients of gate and up, quantised along rows and columns, and h along columns if WITH_H.
+    """dh, gate, up [M, K] -> the gradients of gate and up, quantised along rows and columns, and h along columns if WITH_H; these alone
+    are SQUARE.
 
     A program has a tile of one of them: with more it would need more registers than leave room for a second program. Its
     neighbours have the same tile of the others, and find what all read in L2. Multipliers of gate and up are used where these are
@@ -226,13 +231,13 @@ def _quantize_swiglu_gradients_kernel(
             x_q_ptr, x_dq_ptr, xt_q_ptr, xt_dq_ptr = dup_q_ptr, dup_dq_ptr, dupt_q_ptr, dupt_dq_ptr
             dx = _round_to(up_gradient(to_fp32(dh), _values(gate, gate_dq_ptr, column, m, M)), dh_ptr)
         store_rows(dx, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2, BF16)
-        store_columns(dx, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2, BF16)
+        store_columns(dx, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2, BF16, False)
     else:
         gate = _load_tile(gate_ptr, row, m, k, gate_stride, mask)
         up = _load_tile(up_ptr, row, m, k, up_stride, mask)
         h = swiglu(_values(gate, gate_dq_ptr, column, m, M), _values(up, up_dq_ptr, column, m, M))
         h = _round_to(h, dh_ptr)
-        store_columns(h, row, column, m, k, ht_q_ptr, ht_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2, BF16)
+        store_columns(h, row, column, m, k, ht_q_ptr, ht_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2, BF16, SQUARE)
 
 
 @triton.jit
@@ -307,6 +312,7 @@ def _quantize_rms_norm_kernel(
     COLUMNS: tl.constexpr,
     PADDED: tl.constexpr,
     POW2: tl.constexpr,
+    SQUARE: tl.constexpr,
 ):
     """x [M, K], weight [K], rstd [M] -> y = x * rstd * weight, quantised."""
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
@@ -317,5 +323,5 @@ def _quantize_rms_norm_kernel(
     weight = tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     y = _round_to(normalise(x, rstd[:, None], weight[None, :]), x_ptr)
     _store(
-        y, row, column, m, k, mask, y_q_ptr, y_dq_ptr, yt_q_ptr, yt_dq_ptr, M, K, yt_stride, RUN, ROWS, COLUMNS, PADDED, POW2, BF16
+        y, row, column, m, k, mask, y_q_ptr, y_dq_ptr, yt_q_ptr, yt_dq_ptr, M, K, yt_stride, RUN, ROWS, COLUMNS, PADDED, POW2, BF16, SQUARE
     )  # fmt: skip

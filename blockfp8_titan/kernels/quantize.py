@@ -41,19 +41,29 @@ def _quantize_1x128_both_kernel(
     m, k, mask = tile_in_runs(row, column, M, K, RUN)
     x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
     store_rows(x, column, m, k, mask, x_q_ptr, x_dq_ptr, M, K, POW2, BF16)
-    store_columns(x, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2, BF16)
+    store_columns(x, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2, BF16, False)
 
 
 @triton.jit(do_not_specialize=["M"])  # see pack_e4m3
-def _quantize_1x128_columns_kernel(
-    x_ptr, xt_q_ptr, xt_dq_ptr, M, K, x_stride, xt_stride, RUN: tl.constexpr, PADDED: tl.constexpr, POW2: tl.constexpr
+def _quantize_columns_kernel(
+    x_ptr,
+    xt_q_ptr,
+    xt_dq_ptr,
+    M,
+    K,
+    x_stride,
+    xt_stride,
+    RUN: tl.constexpr,
+    PADDED: tl.constexpr,
+    POW2: tl.constexpr,
+    SQUARE: tl.constexpr,
 ):
-    """x [M, K] -> the last two results of `_quantize_1x128_both_kernel`."""
+    """x [M, K] -> the last two results of `_quantize_1x128_both_kernel`; if SQUARE, xt_dq is [ceil(M/128), ceil(K/128)]."""
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     row, column = this_tile()
     m, k, mask = tile_in_runs(row, column, M, K, RUN)
     x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    store_columns(x, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2, BF16)
+    store_columns(x, row, column, m, k, xt_q_ptr, xt_dq_ptr, M, K, xt_stride, RUN, PADDED, POW2, BF16, SQUARE)
 
 
 @triton.jit

@@ -65,15 +65,24 @@ def store_columns(
     PADDED: tl.constexpr,
     POW2: tl.constexpr,
     BF16: tl.constexpr,
+    SQUARE: tl.constexpr,
 ):
     """Quantise the columns of a tile in the order of `tile_in_runs` and store them transposed, with their multipliers.
 
-    BF16: x are bf16 in value.
+    BF16: x are bf16 in value. SQUARE: the tile has one multiplier, of a matrix [ceil(M/128), ceil(K/128)], and no more.
     """
-    dq = block_multiplier(amax_bits(x, 0), POW2)
-    quotients = quotient(x, dq[None, :], BF16)
+    amax = amax_bits(x, 0)
+    if SQUARE:
+        dq = block_multiplier(tl.max(amax, 0), POW2)
+        quotients = quotient(x, dq, BF16)
+    else:
+        dq = block_multiplier(amax, POW2)
+        quotients = quotient(x, dq[None, :], BF16)
     store_transposed(quotients, row, column, m, k, xt_q_ptr, M, K, xt_stride, RUN, PADDED)
-    tl.store(xt_dq_ptr + row.to(tl.int64) * K + k, dq, mask=k < K)
+    if SQUARE:
+        tl.store(xt_dq_ptr + row.to(tl.int64) * tl.cdiv(K, BLOCK) + column, dq)
+    else:
+        tl.store(xt_dq_ptr + row.to(tl.int64) * K + k, dq, mask=k < K)
 
 
 @triton.jit

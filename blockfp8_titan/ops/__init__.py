@@ -9,17 +9,20 @@ from .quantize import (
     quantize_1x128_columns,
     quantize_128x128,
     quantize_128x128_both,
+    quantize_128x128_columns,
     transpose_fp8,
 )
 from .rms_norm import rms_norm_quantize_1x128
 from .shards import amax_128x128_, quantize_rows
 from .swiglu import (
+    HLayout,
     swiglu_backward_quantize_1x128_both,
     swiglu_quantize_1x128,
     swiglu_quantize_1x128_with_inputs,
 )
 
 __all__ = [
+    "HLayout",
     "Layout",
     "amax_128x128_",
     "gated_feed_forward",
@@ -30,6 +33,7 @@ __all__ = [
     "quantize_1x128_columns",
     "quantize_128x128",
     "quantize_128x128_both",
+    "quantize_128x128_columns",
     "quantize_rows",
     "rms_norm_quantize_1x128",
     "swiglu_backward_quantize_1x128_both",

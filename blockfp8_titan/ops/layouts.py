@@ -39,6 +39,11 @@ def block_multipliers(like: Tensor, n: int, k: int) -> Tensor:
     return like.new_empty((ceil_div(n, BLOCK), ceil_div(k, BLOCK)), dtype=torch.float32)
 
 
+def transposed_block_multipliers(like: Tensor, k: int, m: int) -> Tensor:
+    """Multipliers of 128x128 blocks of a transposed, [k, m], payload: column-major, row-major for what was transposed."""
+    return group_multipliers(like, ceil_div(k, BLOCK), m)
+
+
 def fill(out: Tensor, value: Tensor) -> Tensor:
     """value in out's layout, zeros in the padding of its rows; value itself where it has that layout already."""
     if out.is_contiguous() and value.stride() == out.stride():

@@ -23,6 +23,7 @@ from .layouts import (
     group_multipliers,
     row_major,
     tiles,
+    transposed_block_multipliers,
 )
 from .library import FLOATS, check_aligned, check_choice, check_matrix, define, kernels, launch
 
@@ -131,6 +132,26 @@ def quantize_128x128_both(
     return torch.ops.blockfp8.quantize_128x128_both.default(w, scale_format, backend, after)
 
 
+def quantize_128x128_columns(
+    x: Tensor, scale_format: ScaleFormat = "fp32", *, backend: QuantizeBackend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Quantise the transpose of x in square blocks of 128: payloads of `quantize_128x128_both` transposed, alone.
+
+    x^T ~= xt_q * xt_dq[k // 128, m // 128]
+
+    Args:
+        x: [M, K] bf16 or fp32; K % 16 == 0.
+        scale_format: "fp32", or "pow2" to round multipliers up to powers of two.
+    Returns:
+        xt_q:  [K, M] float8_e4m3fn, rows at multiples of 16 bytes (padding is zero).
+        xt_dq: [ceil(K/128), ceil(M/128)] fp32, column-major.
+    Raises:
+        ValueError: names the argument, its value and the requirement.
+    """
+    check_quantizable(scale_format, backend, x=x)
+    return torch.ops.blockfp8.quantize_128x128_columns.default(x, scale_format, backend)
+
+
 def transpose_fp8(w_q: Tensor, *, after: Tensor | None = None) -> Tensor:
     """Transpose a payload: the fp8 tensor cores of Hopper read both operands along the contraction.
 
@@ -171,6 +192,11 @@ def _allocate_1x128_columns(x: Tensor, scale_format: str, backend: str) -> tuple
     return aligned_rows(x, K, M), group_multipliers(x, K, M)
 
 
+def _allocate_128x128_columns(x: Tensor, scale_format: str, backend: str) -> tuple[Tensor, Tensor]:
+    M, K = x.shape
+    return aligned_rows(x, K, M), transposed_block_multipliers(x, K, M)
+
+
 def _allocate_1x128_both(x: Tensor, scale_format: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *_allocate_1x128(x, scale_format, backend), *_allocate_1x128_columns(x, scale_format, backend)
 
@@ -203,6 +229,11 @@ def _reference_1x128(x: Tensor, scale_format: ScaleFormat, backend: str) -> tupl
 def _reference_1x128_columns(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
     outs = _allocate_1x128_columns(x, scale_format, backend)
     return tuple(map(fill, outs, reference.quantize_1x128_columns(x, scale_format)))
+
+
+def _reference_128x128_columns(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
+    outs = _allocate_128x128_columns(x, scale_format, backend)
+    return tuple(map(fill, outs, reference.quantize_128x128_columns(x, scale_format)))
 
 
 def _reference_1x128_both(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
@@ -242,25 +273,37 @@ def _cuda_1x128(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Ten
 
 
 def _launch_columns(
-    kernel: Any, x: Tensor, args: tuple[Tensor | int, ...], padded: bool, scale_format: ScaleFormat
+    kernel: Any, x: Tensor, args: tuple[Tensor | int, ...], padded: bool, scale_format: ScaleFormat, *more: bool
 ) -> None:
     """Launch a kernel that quantises columns of x."""
     # Capped, three programs run on a multiprocessor. Elsewhere that would spill.
     warps, registers = (4, 168) if is_hopper(x.device) and not padded else (8, None)
-    constants = (32 // warps, padded, scale_format == "pow2")
+    constants = (32 // warps, padded, scale_format == "pow2", *more)
     launch(kernel, tiles(*x.shape), args, constants, num_warps=warps, maxnreg=registers)
 
 
 def _cuda_1x128_columns(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
     if use_reference(x, backend):
         return _reference_1x128_columns(x, scale_format, backend)
-    xt_q, xt_dq = _allocate_1x128_columns(x, scale_format, backend)
+    return _columns(x, _allocate_1x128_columns(x, scale_format, backend), False, scale_format)
+
+
+def _cuda_128x128_columns(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
+    if use_reference(x, backend):
+        return _reference_128x128_columns(x, scale_format, backend)
+    return _columns(x, _allocate_128x128_columns(x, scale_format, backend), True, scale_format)
+
+
+def _columns(x: Tensor, outs: tuple[Tensor, Tensor], square: bool, scale_format: ScaleFormat) -> tuple[Tensor, Tensor]:
+    """square: a multiplier is one of 128x128."""
+    xt_stride = outs[0].stride(0)
     x = contiguous_rows(x)
     M, K = x.shape
     if M:
-        args = (x, xt_q, xt_dq, M, K, x.stride(0), xt_q.stride(0))
-        _launch_columns(kernels("quantize")._quantize_1x128_columns_kernel, x, args, xt_q.stride(0) != M, scale_format)
-    return xt_q, xt_dq
+        args = (x, *outs, M, K, x.stride(0), xt_stride)
+        kernel = kernels("quantize")._quantize_columns_kernel
+        _launch_columns(kernel, x, args, xt_stride != M, scale_format, square)
+    return outs
 
 
 def _cuda_1x128_both(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
@@ -340,6 +383,12 @@ define(
     reference=_reference_1x128_columns,
     cuda=_cuda_1x128_columns,
     fake=_allocate_1x128_columns,
+)
+define(
+    "quantize_128x128_columns(Tensor x, str scale_format, str backend) -> (Tensor, Tensor)",
+    reference=_reference_128x128_columns,
+    cuda=_cuda_128x128_columns,
+    fake=_allocate_128x128_columns,
 )
 define(
     "quantize_1x128_both(Tensor x, str scale_format, str backend) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -30,7 +30,7 @@ def rms_norm_quantize_1x128(
 ) -> tuple[Tensor, ...]:
     """Quantise y = x * rstd * weight with rstd = 1 / sqrt(mean(x^2) + eps) of each row: fp32 inside, y rounded once to x's dtype.
 
-    "rows" reads x once, so does "columns" where rstd is given; else x is read twice.
+    "rows" reads x once, so do "columns" and "blocks" where rstd is given; else x is read twice.
 
     Args:
         x: [M, K] bf16 or fp32; K % 16 == 0.
@@ -41,7 +41,7 @@ def rms_norm_quantize_1x128(
         rstd: [M] fp32, what an earlier call returned; None to compute it.
     Returns:
         y_q, y_dq:   with "rows" and "both", as `quantize_1x128(y)`.
-        yt_q, yt_dq: with "columns" and "both", as `quantize_1x128_columns(y)`.
+        yt_q, yt_dq: with "columns" and "both", as `quantize_1x128_columns(y)`; with "blocks", as `quantize_128x128_columns(y)`.
         rstd: [M] fp32; the one given, if one was.
     Raises:
         ValueError: names the argument, its value and the requirement.
@@ -106,7 +106,7 @@ def _cuda_rms_norm(
     new_rstd = [x.new_empty(x.shape[:1], dtype=torch.float32)] if rstd is None else []
     if x.shape[0]:
         x, weight = contiguous_rows(x), weight.contiguous()
-        if rstd is None and layout != "columns" and x.shape[1] <= _WHOLE_ROWS:
+        if rstd is None and layout in ("rows", "both") and x.shape[1] <= _WHOLE_ROWS:
             _rms_norm_whole_rows(x, weight, *new_rstd, eps, outs[:2], scale_format)
             if layout == "both":
                 # x is read twice, as it has to be for rstd first and both layouts then, which takes a quarter longer.

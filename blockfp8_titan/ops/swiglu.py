@@ -1,6 +1,7 @@
 """SwiGLU and its gradients, quantised in the kernels that compute them: checks, allocation, launch. See `producers`."""
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from .layouts import E4M3, column_major, contiguous_rows, tiles
 from .library import check_choice, check_matrix, define, kernels, launch
 from .producers import LAYOUTS, Layout, allocate, launch_tiles, quantize
 from .quantize import check_quantizable
+
+HLayout = Literal["columns", "blocks"]
+"""The `Layout` of h beside its gradients."""
 
 _FEW_ROWS = 32
 """Of a program that quantises along rows alone."""
@@ -34,7 +38,7 @@ def swiglu_quantize_1x128(
         scale_format: "fp32", or "pow2" to round multipliers up to powers of two.
     Returns:
         h_q, h_dq:   with "rows" and "both", as `quantize_1x128(h)`.
-        ht_q, ht_dq: with "columns" and "both", as `quantize_1x128_columns(h)`.
+        ht_q, ht_dq: with "columns" and "both", as `quantize_1x128_columns(h)`; with "blocks", as `quantize_128x128_columns(h)`.
     Raises:
         ValueError: names the argument, its value and the requirement.
     """
@@ -73,7 +77,7 @@ def swiglu_backward_quantize_1x128_both(
     *,
     gate_dq: Tensor | None = None,
     up_dq: Tensor | None = None,
-    with_h: bool = False,
+    h: HLayout | None = None,
     backend: QuantizeBackend = "auto",
 ) -> tuple[tuple[Tensor, ...], ...]:
     """Quantise the gradients of gate and up in h = silu(gate) * up: fp32 inside, both rounded once to dh's dtype.
@@ -85,14 +89,15 @@ def swiglu_backward_quantize_1x128_both(
         gate, up: [M, K] in dh's dtype; or float8_e4m3fn with row-major rows, both, and then with gate_dq and up_dq.
         gate_dq, up_dq: [M, ceil(K/128)] fp32, M-contiguous: as `swiglu_quantize_1x128_with_inputs` returns them.
         scale_format: "fp32", or "pow2" to round multipliers up to powers of two.
-        with_h: h's columns too, which the gradient of the weight that h is multiplied with is computed from.
+        h: h too, "columns" or "blocks" as `Layout` says: what the gradient of the weight that it is multiplied with is computed from.
     Returns:
         dgate, dup: each as `quantize_1x128_both` of it.
-        h: with_h alone: as `swiglu_quantize_1x128(gate, up, "columns")`, h rounded once to dh's dtype.
+        h: where asked for, as `swiglu_quantize_1x128(gate, up, h)`, h rounded once to dh's dtype.
     Raises:
         ValueError: names the argument, its value and the requirement.
     """
     check_quantizable(scale_format, backend, dh=dh)
+    check_choice("h", h, (None, *get_args(HLayout)))
     if gate_dq is None and up_dq is None:
         check_quantizable(scale_format, backend, gate=gate, up=up)
         _check_alike("gate", gate, dh=dh, up=up)
@@ -100,8 +105,8 @@ def swiglu_backward_quantize_1x128_both(
         for name, x, x_dq in (("gate", gate, gate_dq), ("up", up, up_dq)):
             _check_payload(name, x, x_dq, dh)
     op = torch.ops.blockfp8.swiglu_backward_quantize_1x128_both.default
-    outs = tuple(op(dh, gate, gate_dq, up, up_dq, scale_format, with_h, backend))
-    return (outs[:4], outs[4:8], outs[8:]) if with_h else (outs[:4], outs[4:])
+    outs = tuple(op(dh, gate, gate_dq, up, up_dq, scale_format, h, backend))
+    return (outs[:4], outs[4:8], outs[8:]) if h else (outs[:4], outs[4:])
 
 
 def _check_alike(name: str, x: Tensor, **others: Tensor) -> None:
@@ -148,10 +153,10 @@ def _allocate_swiglu_backward(
     up: Tensor,
     up_dq: Tensor | None,
     scale_format: str,
-    with_h: bool,
+    h: HLayout | None,
     backend: str,
 ) -> list[Tensor]:
-    return allocate(dh, "both") + allocate(dh, "both") + (allocate(dh, "columns") if with_h else [])
+    return allocate(dh, "both") + allocate(dh, "both") + (allocate(dh, h) if h else [])
 
 
 # Reference
@@ -174,14 +179,14 @@ def _reference_swiglu_backward(
     up: Tensor,
     up_dq: Tensor | None,
     scale_format: ScaleFormat,
-    with_h: bool,
+    h: HLayout | None,
     backend: str,
 ) -> list[Tensor]:
     if gate_dq is not None:
         gate, up = reference.dequantize_1x128(gate, gate_dq), reference.dequantize_1x128(up, up_dq)
     dgate, dup = reference.swiglu_backward(dh, gate, up)
-    h = quantize(reference.swiglu(gate, up).to(dh.dtype), "columns", scale_format) if with_h else []
-    return quantize(dgate, "both", scale_format) + quantize(dup, "both", scale_format) + h
+    of_h = quantize(reference.swiglu(gate, up).to(dh.dtype), h, scale_format) if h else []
+    return quantize(dgate, "both", scale_format) + quantize(dup, "both", scale_format) + of_h
 
 
 # CUDA
@@ -233,18 +238,18 @@ def _cuda_swiglu_backward(
     up: Tensor,
     up_dq: Tensor | None,
     scale_format: ScaleFormat,
-    with_h: bool,
+    h: HLayout | None,
     backend: str,
 ) -> list[Tensor]:
     if use_reference(dh, backend):
-        return _reference_swiglu_backward(dh, gate, gate_dq, up, up_dq, scale_format, with_h, backend)
-    outs = _allocate_swiglu_backward(dh, gate, gate_dq, up, up_dq, scale_format, with_h, backend)
+        return _reference_swiglu_backward(dh, gate, gate_dq, up, up_dq, scale_format, h, backend)
+    outs = _allocate_swiglu_backward(dh, gate, gate_dq, up, up_dq, scale_format, h, backend)
     dh, gate, up = map(contiguous_rows, (dh, gate, up))
     M, K = dh.shape
     if M:
         # Those that the kernel does not use have to be something.
         multipliers = [outs[1] if dq is None else column_major(dq) for dq in (gate_dq, up_dq)]
-        pointers = outs if with_h else [*outs, *outs[:2]]
+        pointers = outs if h else [*outs, *outs[:2]]
         operands = (
             dh,
             gate,
@@ -259,15 +264,15 @@ def _cuda_swiglu_backward(
             up.stride(0),
         )
         padded = outs[2].stride(0) != M
-        pow2 = scale_format == "pow2"
+        pow2, square = scale_format == "pow2", h == "blocks"
         if suits_both_hopper(padded, dh, gate, up):
             kernel = kernels("both_hopper")._quantize_swiglu_gradients_kernel
-            launch(kernel, tiles(M, K), operands, (with_h, pow2), num_warps=8)
+            launch(kernel, tiles(M, K), operands, (h is not None, pow2, square), num_warps=8)
         else:
             kernel = kernels("producers")._quantize_swiglu_gradients_kernel
             columns, rows, _ = tiles(M, K)
-            grid = ((3 if with_h else 2) * columns, rows, 1)
-            launch(kernel, grid, (*operands, outs[2].stride(0)), (with_h, 4, padded, pow2), num_warps=8)
+            grid = ((3 if h else 2) * columns, rows, 1)
+            launch(kernel, grid, (*operands, outs[2].stride(0)), (h is not None, 4, padded, pow2, square), num_warps=8)
     return outs
 
 
@@ -285,7 +290,7 @@ define(
 )
 define(
     "swiglu_backward_quantize_1x128_both(Tensor dh, Tensor gate, Tensor? gate_dq, Tensor up, Tensor? up_dq, str scale_format, "
-    "bool with_h, str backend) -> Tensor[]",
+    "str? h, str backend) -> Tensor[]",
     reference=_reference_swiglu_backward,
     cuda=_cuda_swiglu_backward,
     fake=_allocate_swiglu_backward,
