@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,8 @@ ROWS = Quantizer(ops.quantize_1x128, (False,))
 COLUMNS = Quantizer(ops.quantize_1x128_columns, (True,))
 BOTH = Quantizer(ops.quantize_1x128_both, (False, True))
 BLOCKS = Quantizer(_quantize_and_transpose, (False,), True, reference.dequantize_128x128)
-LAYOUTS: dict[ops.Layout, Quantizer] = {"rows": ROWS, "columns": COLUMNS, "both": BOTH}
+SQUARE_COLUMNS = Quantizer(ops.quantize_128x128_columns, (True,), dequantize=reference.dequantize_128x128)
+LAYOUTS: dict[ops.Layout, Quantizer] = {"rows": ROWS, "columns": COLUMNS, "both": BOTH, "blocks": SQUARE_COLUMNS}
 
 # What is computed before
 
@@ -125,8 +126,8 @@ def _fused_norm(layout: ops.Layout) -> Callable[..., Tensors]:
     return lambda x, weight: ops.rms_norm_quantize_1x128(x, weight, EPS, layout)
 
 
-def _fused_norm_columns(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensors:
-    return ops.rms_norm_quantize_1x128(x, weight, EPS, "columns", rstd=rstd)[:-1]
+def _fused_norm_with_rstd(layout: ops.Layout) -> Callable[..., Tensors]:
+    return lambda x, weight, rstd: ops.rms_norm_quantize_1x128(x, weight, EPS, layout, rstd=rstd)[:-1]
 
 
 def _fused_swiglu(layout: ops.Layout) -> Callable[..., Tensors]:
@@ -147,11 +148,12 @@ def _fused_swiglu_and_inputs(gate: Tensor, up: Tensor) -> Tensors:
     return tuple(out for pair in ops.swiglu_quantize_1x128_with_inputs(gate, up) for out in pair)
 
 
-def _fused_swiglu_gradients_and_h_of_payloads(
-    dh: Tensor, gate_q: Tensor, gate_dq: Tensor, up_q: Tensor, up_dq: Tensor
-) -> Tensors:
-    results = ops.swiglu_backward_quantize_1x128_both(dh, gate_q, up_q, gate_dq=gate_dq, up_dq=up_dq, h="columns")
-    return tuple(out for result in results for out in result)
+def _fused_swiglu_gradients_and_h_of_payloads(layout: ops.HLayout) -> Callable[..., Tensors]:
+    def run(dh: Tensor, gate_q: Tensor, gate_dq: Tensor, up_q: Tensor, up_dq: Tensor) -> Tensors:
+        results = ops.swiglu_backward_quantize_1x128_both(dh, gate_q, up_q, gate_dq=gate_dq, up_dq=up_dq, h=layout)
+        return tuple(out for result in results for out in result)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,12 @@ class Subject:
 
 SUBJECTS = {
     "rms_norm rows": Subject("dim", _norm_inputs, _fused_norm("rows"), _norm, (ROWS,)),
-    "rms_norm columns, rstd given": Subject("dim", _norm_inputs_and_rstd, _fused_norm_columns, _norm, (COLUMNS,)),
+    **{
+        f"rms_norm {layout}, rstd given": Subject(
+            "dim", _norm_inputs_and_rstd, _fused_norm_with_rstd(layout), _norm, (LAYOUTS[layout],)
+        )
+        for layout in ("columns", "blocks")
+    },
     "rms_norm both": Subject("dim", _norm_inputs, _fused_norm("both"), _norm, (BOTH,), reads=2),
     **{
         f"swiglu {layout}": Subject("hidden", _matrices(2), _fused_swiglu(layout), _swiglu, (quantizer,))
@@ -185,13 +192,16 @@ SUBJECTS = {
     "swiglu rows, inputs in fp8": Subject(
         "hidden", _matrices(2), _fused_swiglu_and_inputs, _swiglu_and_inputs, (ROWS, ROWS, ROWS)
     ),
-    "swiglu_backward both, h columns, of inputs in fp8": Subject(
-        "hidden",
-        _gradient_and_payloads,
-        _fused_swiglu_gradients_and_h_of_payloads,
-        _swiglu_gradients_and_h_of_payloads,
-        (BOTH, BOTH, COLUMNS),
-    ),
+    **{
+        f"swiglu_backward both, h {layout}, of inputs in fp8": Subject(
+            "hidden",
+            _gradient_and_payloads,
+            _fused_swiglu_gradients_and_h_of_payloads(layout),
+            _swiglu_gradients_and_h_of_payloads,
+            (BOTH, BOTH, LAYOUTS[layout]),
+        )
+        for layout in get_args(ops.HLayout)
+    },
     "quantize_128x128_both": Subject("weight", _matrices(1), ops.quantize_128x128_both, _identity, (BLOCKS,)),
 }
 
