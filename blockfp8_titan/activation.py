@@ -82,13 +82,12 @@ def quantize_input(x: Tensor, recipe: Recipe, *, columns: bool, columns_apart: b
         columns_apart: see `Recomputation`.
     """
     x_2d, options = x.reshape(-1, x.shape[-1]), {"backend": recipe.quantize_backend}
-    square = recipe.wgrad == "fp8_block"
-    if columns and not columns_apart and not square:
+    if columns and not columns_apart and not recipe.x_in_blocks:
         quantized: tuple[Tensor, ...] = ops.quantize_1x128_both(x_2d, recipe.scale_format, **options)
     else:
         quantized = ops.quantize_1x128(x_2d, recipe.scale_format, **options)
         if columns:
-            quantize_columns = ops.quantize_128x128_columns if square else ops.quantize_1x128_columns
+            quantize_columns = ops.quantize_128x128_columns if recipe.x_in_blocks else ops.quantize_1x128_columns
             quantized += quantize_columns(x_2d, recipe.scale_format, **options)
     return QuantizedInput(x, quantized[:2], quantized[2:] or None, recipe.scale_format, recipe.wgrad)
 

@@ -2,12 +2,12 @@
 
     y  [M,N] = x  w^T     x in 1x128 along K,    w in 128x128
     dx [M,K] = dy w       dy in 1x128 along N,   w^T in 128x128 (the same blocks, transposed)
-    dw [N,K] = dy^T x     dy^T and x^T in 1x128 along M
+    dw [N,K] = dy^T x     dy^T and x^T in 1x128 along M, under wgrad = "fp8_block" x^T in 128x128
 
 Numerics of DeepSeek-V3 (arXiv:2412.19437, section 3.3), with 1x128 instead of 128x1 regrouping done from the original values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -114,9 +114,13 @@ class _BlockwiseFP8Matmul(torch.autograd.Function):
             if recipe.wgrad == "bf16":
                 dw = (dy.to(torch.bfloat16).t() @ x_kept.to(torch.bfloat16)).to(ctx.w_dtype)
             else:
-                multiply = ops.gemm_1x128_128x128 if recipe.wgrad == "fp8_block" else ops.gemm_1x128_1x128
-                dw = multiply(*quantized[2:], x_kept, x_kept_dq, ctx.w_dtype, **options)
+                dw = dw_gemm(recipe)(*quantized[2:], x_kept, x_kept_dq, ctx.w_dtype, **options)
         return dx, dw, *([None] * 11)
+
+
+def dw_gemm(recipe: Recipe) -> Callable[..., Tensor]:
+    """Of dy's columns and `QuantizedInput.columns`."""
+    return ops.gemm_1x128_128x128 if recipe.x_in_blocks else ops.gemm_1x128_1x128
 
 
 def refuse_double_backward() -> None:
@@ -168,7 +172,9 @@ def matmul_obstacle(x: Tensor | QuantizedInput, w: Tensor, recipe: Recipe) -> st
         return f"input is on {x.device} and weight on {w.device}: must be on one device; move one of them"
     if obstacle := operand_obstacle(x.shape, x.dtype, w):
         return obstacle
-    if isinstance(x, QuantizedInput) and (recipe.wgrad, recipe.scale_format) != (x.wgrad, x.scale_format):
+    if isinstance(x, QuantizedInput) and (
+        recipe.wgrad == "bf16" or (recipe.wgrad, recipe.scale_format) != (x.wgrad, x.scale_format)
+    ):
         return (
             f"the module before this linear quantises for wgrad = {x.wgrad!r} and scale_format = {x.scale_format!r}, "
             f"the linear has {recipe}: "

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from . import ops
 from .activation import QuantizedInput, alteration, quantize_input
-from .autograd import KnownWeight, output_dtype, refuse_double_backward, shares_weights
+from .autograd import KnownWeight, dw_gemm, output_dtype, refuse_double_backward, shares_weights
 from .linear import BlockwiseFP8Linear
 from .recipe import Recipe, SwiGLUInputs
 
@@ -192,9 +192,8 @@ class _GatedFeedForward(torch.autograd.Function):
         recipe = ctx.recipe
         quantizing = {"scale_format": recipe.scale_format, "backend": recipe.quantize_backend}
         options, down_options = ({"backend": r.gemm_backend} for r in (recipe, ctx.down_recipe))
-        square = recipe.wgrad == "fp8_block"
-        multiply_for_dw = ops.gemm_1x128_128x128 if square else ops.gemm_1x128_1x128
-        h_layout: ops.HLayout = "blocks" if square else "columns"
+        multiply_for_dw = dw_gemm(recipe)
+        h_layout: ops.HLayout = "blocks" if recipe.x_in_blocks else "columns"
         dx = dw1 = dw3 = dw2 = None
 
         quantize = ops.quantize_1x128_both if wants_dw2 else ops.quantize_1x128

@@ -18,7 +18,8 @@ class QuantizingRMSNorm(nn.RMSNorm):
     """An nn.RMSNorm that returns a QuantizedInput: x / sqrt(mean(x^2) + eps) * weight, rounded to x's dtype, then to fp8.
 
     Made of an nn.RMSNorm by `quantize_output_of`; parameters and state dict are that one's. Where the kernel cannot follow (hooks,
-    DTensors, a weight of another dtype than x) it is the nn.RMSNorm that it was, and the linears quantise.
+    DTensors, a weight of another dtype than x, a recipe changed to wgrad = "bf16") it is the nn.RMSNorm that it was, and the linears
+    quantise.
 
     Shape:
         [..., K] bf16 or fp32 -> [..., K].
@@ -32,14 +33,15 @@ class QuantizingRMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor | QuantizedInput:
         weight = self.weight
-        if isinstance(x, DTensor) or isinstance(weight, DTensor) or x.dtype != weight.dtype or alteration(self):
+        sharded = isinstance(x, DTensor) or isinstance(weight, DTensor)
+        if sharded or x.dtype != weight.dtype or self.recipe.wgrad == "bf16" or alteration(self):
             return super().forward(x)
         columns = torch.is_grad_enabled()
         with torch.no_grad():
             *quantized, rstd = self._quantize(x.reshape(-1, x.shape[-1]), weight, columns)
         carrier = _RMSNorm.apply(x, weight, rstd)
-        rows, columns = tuple(quantized[:2]), tuple(quantized[2:]) or None
-        return QuantizedInput(carrier, rows, columns, self.recipe.scale_format, self.recipe.wgrad)
+        rows, for_dw = tuple(quantized[:2]), tuple(quantized[2:]) or None
+        return QuantizedInput(carrier, rows, for_dw, self.recipe.scale_format, self.recipe.wgrad)
 
     def _quantize(self, x: Tensor, weight: Tensor, columns: bool) -> tuple[Tensor, ...]:
         """Payload and multipliers of x's rows, the same of its columns, or blocks, if asked for, and rstd [M]."""
@@ -52,7 +54,7 @@ class QuantizingRMSNorm(nn.RMSNorm):
 
         if not columns:
             return run("rows")
-        layout: ops.Layout = "blocks" if self.recipe.wgrad == "fp8_block" else "columns"
+        layout: ops.Layout = "blocks" if self.recipe.x_in_blocks else "columns"
         if layout == "columns" and not self.recomputation.columns_apart:
             return run("both")
         *rows, rstd = run("rows")

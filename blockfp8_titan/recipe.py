@@ -38,6 +38,11 @@ class Recipe:
         """Who quantises for that GEMM backend."""
         return "reference" if self.gemm_backend == "reference" else "auto"
 
+    @property
+    def x_in_blocks(self) -> bool:
+        """Whether dw is computed of x in blocks of 128x128."""
+        return self.wgrad == "fp8_block"
+
     def quantizes_like(self, other: "Recipe") -> bool:
         """Whether what the one quantises for y and dw the other can multiply."""
         keys = [(recipe.wgrad, recipe.scale_format, recipe.quantize_backend) for recipe in (self, other)]

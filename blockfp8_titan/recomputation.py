@@ -13,7 +13,7 @@ class Recomputation:
 
     columns_apart: bool = False
     """
-    Quantise for the forward GEMM and for dw by two ops instead of one. Compiled under a checkpoint, forward then runs the first
+    Quantise for the forward GEMM and for dw by two ops, where one could. Compiled under a checkpoint, forward then runs the first
     alone and backward the second; otherwise each would run both and drop half.
     """
 

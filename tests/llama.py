@@ -39,7 +39,11 @@ class CountOps(TorchDispatchMode):
     @property
     def quantisations(self):
         """Calls that quantise activations or gradients."""
-        return sum(count for name, count in self.calls.items() if "quantize_1x128" in name)
+        return sum(
+            count
+            for name, count in self.calls.items()
+            if "quantize_1x128" in name or name == "quantize_128x128_columns"
+        )
 
 
 def model_of(

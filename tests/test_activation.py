@@ -41,5 +41,9 @@ def test_a_quantised_input_that_does_not_fit_is_refused():
     for recipe in (Recipe(scale_format="pow2"), Recipe(wgrad="bf16"), Recipe(wgrad="fp8_block")):
         with pytest.raises(ValueError, match=r"quantises for wgrad = 'fp8' and scale_format = 'fp32'.*fuse = \"off\""):
             BlockwiseFP8Linear(144, 64, recipe=recipe)(quantized)
+    # Of an input unquantised for dw, a linear under wgrad = "bf16" would need the values, which a norm's has not.
+    in_bf16 = Recipe(wgrad="bf16")
+    with pytest.raises(ValueError, match="quantises for wgrad = 'bf16'"):
+        BlockwiseFP8Linear(144, 64, recipe=in_bf16)(quantize_input(x, in_bf16, columns=False))
     with pytest.raises(RuntimeError, match=r"quantised without gradients"):
         BlockwiseFP8Linear(144, 64)(quantize_input(x, Recipe(), columns=False))

@@ -81,6 +81,20 @@ def test_launches_of_a_block_whose_inputs_are_in_blocks_for_dw(device):
     with CountOps() as count:
         step(fused, tokens_for(fused))
     assert {name: count.calls[name] for name in BLOCK_CALLS} == {name: 2 * n for name, n in BLOCK_CALLS.items()}
+    assert count.quantisations == 2 * 13
+
+
+def test_recipes_changed_later_on_all_modules_are_respected():
+    """A norm's quantised result has no values, which dw in bf16 is computed of."""
+    changed, _ = pair()
+    plain = model_of(dtype=torch.float32, layers=1)
+    convert_model(plain, recipe=Recipe(wgrad="bf16"))
+    for module in changed.modules():
+        if hasattr(module, "recipe"):
+            module.recipe = Recipe(wgrad="bf16")
+    tokens = tokens_for(changed)
+    truth, values = step(plain, tokens), step(changed, tokens)
+    assert worst(truth, values) > 200
 
 
 @pytest.mark.parametrize("device", DEVICES)

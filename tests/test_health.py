@@ -124,9 +124,10 @@ def test_bf16_under_autocast():
     assert_alike(health, expected(seen, weights_of(made)))
 
 
-def test_a_fused_step_is_as_an_unfused_one():
-    fused, _ = model("auto")
-    plain, _ = model()
+@pytest.mark.parametrize("wgrad", ["fp8", "fp8_block"])
+def test_a_fused_step_is_as_an_unfused_one(wgrad):
+    fused, _ = model("auto", recipe=Recipe(wgrad=wgrad))
+    plain, _ = model(recipe=Recipe(wgrad=wgrad))
     seen = watch(plain)
     tokens = tokens_for(plain)
     step(plain, tokens)
@@ -180,15 +181,22 @@ def test_producers_are_measured_by_what_they_never_write(kind):
 
 
 @pytest.mark.parametrize(
-    "fuse, swiglu_inputs, ac_save", [("off", "bf16", "none"), ("auto", "bf16", "none"), ("auto", "fp8", "gemm")]
+    "fuse, swiglu_inputs, ac_save, wgrad",
+    [
+        ("off", "bf16", "none", "fp8"),
+        ("auto", "bf16", "none", "fp8"),
+        ("auto", "fp8", "gemm", "fp8"),
+        ("auto", "fp8", "gemm", "fp8_block"),
+    ],
 )
 @pytest.mark.parametrize("mode", ["checkpointed", "compiled", "compiled and checkpointed"])
-def test_compiled_and_recomputed_steps_are_as_eager_ones(fuse, swiglu_inputs, ac_save, mode):
+def test_compiled_and_recomputed_steps_are_as_eager_ones(fuse, swiglu_inputs, ac_save, wgrad, mode):
     torch._dynamo.reset()
-    eager, _ = model(fuse, layers=2, swiglu_inputs=swiglu_inputs)
+    options = {"layers": 2, "swiglu_inputs": swiglu_inputs, "recipe": Recipe(wgrad=wgrad)}
+    eager, _ = model(fuse, **options)
     tokens = tokens_for(eager)
     truth = observed(eager, lambda: step(eager, tokens))._tallies
-    other, report = model(fuse, layers=2, swiglu_inputs=swiglu_inputs)
+    other, report = model(fuse, **options)
     prepare_for_checkpointing(other, report, ac_save, columns_apart=mode == "compiled and checkpointed")
     for name, block in list(other.layers.named_children()):
         if "checkpointed" in mode:

@@ -82,7 +82,8 @@ def test_rows_and_columns_apart_are_those_made_together(wgrad):
     together = norm(x)
     y = plain_norm(norm)(x).detach().view(-1, 144)
     quantize = {"fp8": reference.quantize_1x128_columns, "fp8_block": reference.quantize_128x128_columns}[wgrad]
-    assert [part.shape for part in together.columns] == [part.shape for part in quantize(y)] and together.wgrad == wgrad
+    assert all(sqnr(exact, part) > 45 for exact, part in zip(quantize(y), together.columns, strict=True))
+    assert together.wgrad == wgrad
     for output in (False, True):
         norm.recomputation = Recomputation(columns_apart=True, output=output)
         apart = norm(x)
@@ -90,15 +91,17 @@ def test_rows_and_columns_apart_are_those_made_together(wgrad):
             assert torch.equal(a.float(), b.float())
 
 
-@pytest.mark.parametrize("change", ["hook", "dtype"])
+@pytest.mark.parametrize("change", ["hook", "dtype", "recipe"])
 def test_a_norm_that_cannot_quantise_is_what_it_was(change):
     norm = quantizing_norm(64)
     seen = []
+    if change == "recipe":
+        norm.recipe = Recipe(wgrad="bf16")
     if change == "hook":
         norm.register_forward_hook(lambda module, args, output: seen.append(output))
     x = torch.randn(3, 64, dtype=torch.bfloat16 if change == "dtype" else torch.float32)
     y = norm(x)
-    assert torch.equal(y, plain_norm(norm)(x)) and (change == "dtype" or torch.equal(seen[0], y))
+    assert torch.equal(y, plain_norm(norm)(x)) and (change != "hook" or torch.equal(seen[0], y))
 
 
 def test_double_backward_is_refused():

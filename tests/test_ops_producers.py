@@ -125,7 +125,13 @@ def test_nonfinite_values_spoil_their_own_blocks(device, poison):
     rows, columns = torch.zeros(M, K, dtype=torch.bool), torch.zeros(K, M, dtype=torch.bool)
     rows[5, 128:256] = True
     columns[200, :128] = True
+    blocks = torch.zeros(K, M, dtype=torch.bool)
+    blocks[128:256, :128] = True
     up[5, 200] = poison
+    t_q, t_dq = ops.swiglu_quantize_1x128(gate, up, "blocks")
+    assert torch.equal(reference.dequantize_128x128(t_q, t_dq).isnan().cpu(), blocks)
+    t_q, t_dq = ops.swiglu_backward_quantize_1x128_both(dh, gate, up, h="blocks")[2]
+    assert torch.equal(reference.dequantize_128x128(t_q, t_dq).isnan().cpu(), blocks)
     q, dq, t_q, t_dq = ops.swiglu_quantize_1x128(gate, up)
     assert torch.equal(spoilt(q, dq), rows) and torch.equal(spoilt(t_q, t_dq), columns)
     dgate, dup = ops.swiglu_backward_quantize_1x128_both(dh, gate, up)
@@ -136,9 +142,7 @@ def test_nonfinite_values_spoil_their_own_blocks(device, poison):
     dgate, dup, h = ops.swiglu_backward_quantize_1x128_both(
         dh, kept_gate[0], kept_up[0], gate_dq=kept_gate[1], up_dq=kept_up[1], h="columns"
     )
-    group = torch.zeros(K, M, dtype=torch.bool)
-    group[128:256, :128] = True
-    for found, expected in ((dgate[:2], rows), (dgate[2:], group), (h, group)):
+    for found, expected in ((dgate[:2], rows), (dgate[2:], blocks), (h, blocks)):
         assert torch.equal(spoilt(*found), expected)
     assert not any(spoilt(*pair).any() for pair in (dup[:2], dup[2:]))
     # A row with NaN has no mean; one with Inf has 1 / Inf, and Inf times that is NaN.
@@ -280,6 +284,15 @@ def test_more_than_two_to_the_31_elements():
         bits(results[2][1][:, -1:]), bits(h[1])
     )
     del results, outs
+    results = ops.swiglu_backward_quantize_1x128_both(gate, gate, gate, h="blocks")[2]
+    expected = ops.swiglu_backward_quantize_1x128_both(tail, tail, tail, h="blocks")[2]
+    for t_q, t_dq in (results, ops.swiglu_quantize_1x128(gate, gate, "blocks")):
+        assert torch.equal(bits(t_q[:, last]), bits(expected[0])) and torch.equal(bits(t_dq[:, -1:]), bits(expected[1]))
+    del results, t_q, t_dq
+    t_q, t_dq = ops.quantize_128x128_columns(gate)
+    expected = ops.quantize_128x128_columns(tail)
+    assert torch.equal(bits(t_q[:, last]), bits(expected[0])) and torch.equal(bits(t_dq[:, -1:]), bits(expected[1]))
+    del t_q, t_dq
     *outs, rstd = ops.rms_norm_quantize_1x128(gate, weight, 1e-5, "rows")
     expected = ops.rms_norm_quantize_1x128(tail, weight, 1e-5, "rows")
     assert torch.equal(bits(outs[0][last]), bits(expected[0])) and torch.equal(bits(rstd[last]), bits(expected[2]))
@@ -320,7 +333,7 @@ def test_compiled_calls_give_the_same_and_layouts_stay_apart(device):
         y_q, y_dq, rstd = ops.rms_norm_quantize_1x128(x, weight, 1e-5, "rows")
         yt_q, yt_dq, _ = ops.rms_norm_quantize_1x128(x, weight, 1e-5, "columns", rstd=rstd)
         dgate, dup = ops.swiglu_backward_quantize_1x128_both(x, up, x)
-        rows, columns = (ops.swiglu_quantize_1x128(x, up, layout) for layout in ("rows", "columns"))
+        rows, columns, blocks = (ops.swiglu_quantize_1x128(x, up, layout) for layout in ("rows", "columns", "blocks"))
         return (
             y_q,
             y_dq,
@@ -331,14 +344,15 @@ def test_compiled_calls_give_the_same_and_layouts_stay_apart(device):
             *dup,
             *rows,
             *columns,
+            *blocks,
             *ops.quantize_1x128_columns(x),
             *ops.quantize_128x128_columns(x),
         )
 
     outs, code = run_and_get_code(torch.compile(run, fullgraph=True), x, up, weight)
     assert_equal(outs, run(x, up, weight))
-    for name in ("rms_norm_quantize_1x128", "swiglu_quantize_1x128"):
-        assert sum(text.count(f"= torch.ops.blockfp8.{name}.default(") for text in code) == 2
+    for name, calls in (("rms_norm_quantize_1x128", 2), ("swiglu_quantize_1x128", 3)):
+        assert sum(text.count(f"= torch.ops.blockfp8.{name}.default(") for text in code) == calls
 
 
 # Bad arguments

@@ -72,8 +72,7 @@ def test_layouts(device, shape):
     for part, whole in zip(ops.quantize_128x128_both(x), (w_q, w_dq, ops.transpose_fp8(w_q)), strict=True):
         assert torch.equal(bits(part), bits(whole)) and part.stride() == whole.stride()
     for part, whole in zip(ops.quantize_128x128_columns(x), (ops.transpose_fp8(w_q), w_dq.t()), strict=True):
-        assert torch.equal(bits(part), bits(whole)) and part.shape == whole.shape
-    assert xt_q.stride() == ops.quantize_128x128_columns(x)[0].stride()
+        assert torch.equal(bits(part), bits(whole)) and part.stride() == whole.stride()
     assert w_q.is_contiguous() and w_dq.shape == (groups_m, groups_k) and w_dq.is_contiguous()
 
 

@@ -204,8 +204,8 @@ def _quantize_swiglu_gradients_kernel(
     POW2: tl.constexpr,
     SQUARE: tl.constexpr,
 ):
-    """dh, gate, up [M, K] -> the gradients of gate and up, quantised along rows and columns, and h along columns if WITH_H; these alone
-    are SQUARE.
+    """dh, gate, up [M, K] -> the gradients of gate and up, quantised along rows and columns, and h along columns, if SQUARE in
+    blocks, if WITH_H.
 
     A program has a tile of one of them: with more it would need more registers than leave room for a second program. Its
     neighbours have the same tile of the others, and find what all read in L2. Multipliers of gate and up are used where these are

@@ -1,6 +1,7 @@
 """Blockwise-scaled GEMMs: checks, backend choice, launch.
 
-Named by the granularity of a and of b: y and dx are 1x128 times 128x128, dw is 1x128 times 1x128.
+Named by the granularity of a and of b: y and dx are 1x128 times 128x128, dw is 1x128 times 1x128 or, of x
+in blocks, also times 128x128.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """What ops share that compute and quantise in one pass: see `rms_norm` and `swiglu`.
 
 What is quantised is the result rounded to bf16 or fp32, as unfused ops would write it; it is never written itself. Quantised tensors
-lie in memory as those of `quantize_1x128_both` do.
+lie in memory as those of the ops that `Layout` names do.
 """
 
 from collections.abc import Callable, Sequence

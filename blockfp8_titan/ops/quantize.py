@@ -1,8 +1,8 @@
 """Quantisation and transposition: checks, allocation, launch.
 
 `x ~= x_q * x_dq` per block; payloads are float8_e4m3fn, multipliers fp32. Multipliers per DeepSeek-V3 (arXiv:2412.19437, section
-3.3.2): 1x128 for activations and gradients, 128x128 for weights. `backend` is "auto" (Triton on GPUs that have e4m3) or
-"reference" (plain PyTorch).
+3.3.2): 1x128 for activations and gradients, 128x128 for weights; and for activations that dw is computed of under wgrad =
+"fp8_block". `backend` is "auto" (Triton on GPUs that have e4m3) or "reference" (plain PyTorch).
 """
 
 from typing import Any, get_args

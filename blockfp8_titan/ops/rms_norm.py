@@ -36,7 +36,7 @@ def rms_norm_quantize_1x128(
         x: [M, K] bf16 or fp32; K % 16 == 0.
         weight: [K] bf16 or fp32.
         eps: at least 0.
-        layout: along which of its dimensions y is quantised; see `Layout`.
+        layout: along which of its dimensions y is quantised, or in blocks; see `Layout`.
         scale_format: "fp32", or "pow2" to round multipliers up to powers of two.
         rstd: [M] fp32, what an earlier call returned; None to compute it.
     Returns:

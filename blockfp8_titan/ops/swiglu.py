@@ -34,7 +34,7 @@ def swiglu_quantize_1x128(
 
     Args:
         gate, up: [M, K] bf16 or fp32, both of one dtype; K % 16 == 0.
-        layout: along which of its dimensions h is quantised; see `Layout`.
+        layout: along which of its dimensions h is quantised, or in blocks; see `Layout`.
         scale_format: "fp32", or "pow2" to round multipliers up to powers of two.
     Returns:
         h_q, h_dq:   with "rows" and "both", as `quantize_1x128(h)`.
