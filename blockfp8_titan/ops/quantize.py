@@ -5,6 +5,7 @@
 "fp8_block". `backend` is "auto" (Triton on GPUs that have e4m3) or "reference" (plain PyTorch).
 """
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
@@ -221,36 +222,21 @@ def _allocate_transposed(w_q: Tensor, after: Tensor | None = None) -> Tensor:
 # Reference
 
 
-def _reference_1x128(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
-    outs = _allocate_1x128(x, scale_format, backend)
-    return tuple(map(fill, outs, reference.quantize_1x128(x, scale_format)))
+def _filled(allocate: Callable[..., tuple[Tensor, ...]], twin: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """What a twin computes, in the promised layouts."""
+
+    def run(x: Tensor, scale_format: ScaleFormat, backend: str, after: Tensor | None = None) -> tuple[Tensor, ...]:
+        return tuple(map(fill, allocate(x, scale_format, backend), twin(x, scale_format)))
+
+    return run
 
 
-def _reference_1x128_columns(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
-    outs = _allocate_1x128_columns(x, scale_format, backend)
-    return tuple(map(fill, outs, reference.quantize_1x128_columns(x, scale_format)))
-
-
-def _reference_128x128_columns(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
-    outs = _allocate_128x128_columns(x, scale_format, backend)
-    return tuple(map(fill, outs, reference.quantize_128x128_columns(x, scale_format)))
-
-
-def _reference_1x128_both(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
-    outs = _allocate_1x128_both(x, scale_format, backend)
-    return tuple(map(fill, outs, reference.quantize_1x128_both(x, scale_format)))
-
-
-def _reference_128x128(w: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Tensor, ...]:
-    outs = _allocate_128x128(w, scale_format, backend)
-    return tuple(map(fill, outs, reference.quantize_128x128(w, scale_format)))
-
-
-def _reference_128x128_both(
-    w: Tensor, scale_format: ScaleFormat, backend: str, after: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    outs = _allocate_128x128_both(w, scale_format, backend)
-    return tuple(map(fill, outs, reference.quantize_128x128_both(w, scale_format)))
+_reference_1x128 = _filled(_allocate_1x128, reference.quantize_1x128)
+_reference_1x128_columns = _filled(_allocate_1x128_columns, reference.quantize_1x128_columns)
+_reference_1x128_both = _filled(_allocate_1x128_both, reference.quantize_1x128_both)
+_reference_128x128 = _filled(_allocate_128x128, reference.quantize_128x128)
+_reference_128x128_both = _filled(_allocate_128x128_both, reference.quantize_128x128_both)
+_reference_128x128_columns = _filled(_allocate_128x128_columns, reference.quantize_128x128_columns)
 
 
 def _reference_transpose(w_q: Tensor, after: Tensor | None = None) -> Tensor:
@@ -363,12 +349,8 @@ def _cuda_transpose(w_q: Tensor, after: Tensor | None = None) -> Tensor:
     w_q = contiguous_rows(w_q)
     N, K = w_q.shape
     if w_q.numel():
-        launch(
-            kernels("quantize")._transpose_kernel,
-            tiles(N, K),
-            (w_q, out, N, K, w_q.stride(0), out.stride(0)),
-            num_warps=8,
-        )
+        args = (w_q, out, N, K, w_q.stride(0), out.stride(0))
+        launch(kernels("quantize")._transpose_kernel, tiles(N, K), args, num_warps=8)
     return out
 
 
