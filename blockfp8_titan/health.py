@@ -176,7 +176,7 @@ class Observation:
             self._made[q.data_ptr()] = tally
 
     def _weight(self, w: Tensor, w_q: Tensor, w_dq: Tensor, wt_q: Tensor | None = None) -> None:
-        """A weight quantised here."""
+        """A weight quantised here; one of no linear that is observed is left out."""
         linear = self._holder_of(w.data_ptr())
         if linear is None:
             return

@@ -4,7 +4,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor, fx
@@ -16,14 +15,6 @@ from torchtitan.protocols.train_spec import get_train_spec
 from blockfp8_titan.numerics import sqnr
 
 VOCABULARY = 2048
-
-# Inductor's own code for CPUs runs in test_training, where whole jobs are compiled.
-COMPILERS = [
-    ("cpu", "aot_eager"),
-    pytest.param("cuda", "aot_eager", marks=pytest.mark.gpu),
-    pytest.param("cuda", "inductor", marks=pytest.mark.gpu),
-]
-"""Devices and backends of torch.compile."""
 
 
 class CountOps(TorchDispatchMode):

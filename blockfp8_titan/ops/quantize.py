@@ -261,7 +261,7 @@ def _cuda_1x128(x: Tensor, scale_format: ScaleFormat, backend: str) -> tuple[Ten
 def _launch_columns(
     kernel: Any, x: Tensor, args: tuple[Tensor | int, ...], padded: bool, scale_format: ScaleFormat, *more: bool
 ) -> None:
-    """Launch a kernel that quantises columns of x."""
+    """Launch a kernel that quantises columns of x; more: constants that it has besides."""
     # Capped, three programs run on a multiprocessor. Elsewhere that would spill.
     warps, registers = (4, 168) if is_hopper(x.device) and not padded else (8, None)
     constants = (32 // warps, padded, scale_format == "pow2", *more)
