@@ -1,8 +1,12 @@
 """Activation checkpointing: which outputs of fp8 GEMMs selective checkpointing keeps for backward, and which it computes again."""
 
+from functools import cache
 from typing import get_args
 
 import torch.nn as nn
+from torch._functorch.autograd_function import autograd_function_apply
+from torch._higher_order_ops.wrap import TagActivationCheckpoint
+from torch.fx import GraphModule
 
 from .conversion import ConversionReport, Row
 from .fqns import collapse
@@ -77,6 +81,38 @@ def prepare_for_checkpointing(
         if fusion.fused and fusion.kind == "norm":
             output = not recomputed.isdisjoint(fusion.linears)
             model.get_submodule(fusion.fqn).recomputation = Recomputation(columns_apart, output)
+    if columns_apart:
+        _recompute_autograd_functions()
+
+
+@cache
+def _recompute_autograd_functions() -> None:
+    """Let compiled checkpoints of whole blocks recompute what autograd.Functions do, as they do by themselves from torch 2.12 on.
+
+    In 2.11 a checkpoint's own graph is marked for recomputation, and not the graphs of the autograd.Functions in it, whose results are
+    then kept: of a block, the outputs of all its fp8 GEMMs (pytorch/pytorch#177396).
+    """
+    tag_nodes = getattr(TagActivationCheckpoint, "tag_nodes", None)
+    if tag_nodes is None:
+        return
+
+    def tag_all_nodes(graph: GraphModule, is_sac: bool) -> GraphModule:
+        graph = tag_nodes(graph, is_sac)
+        if not is_sac:  # there a policy marks what it is shown, in all graphs
+            _tag_autograd_functions(graph)
+        return graph
+
+    TagActivationCheckpoint.tag_nodes = staticmethod(tag_all_nodes)
+
+
+def _tag_autograd_functions(graph: GraphModule) -> None:
+    """Mark the nodes of the forward of each autograd.Function in a graph as the call of it is marked."""
+    for call in graph.graph.find_nodes(op="call_function", target=autograd_function_apply):
+        forward = graph.get_submodule(call.args[0].target)
+        for node in forward.graph.nodes:
+            if node.op.startswith("call_"):
+                node.meta |= {key: call.meta[key] for key in ("ac_graph_id", "recompute")}
+        _tag_autograd_functions(forward)
 
 
 def checkpointing_note(report: ConversionReport, ac_save: ActivationSave) -> str:

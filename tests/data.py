@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 # torch.library.opcheck without "test_schema", which multiplies fp8 tensors and cannot: that ops leave their inputs alone
 # has a test of its own.
 CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 KINDS = ("normal", "outliers", "uniform", "denormal", "huge", "zero_blocks", "nonfinite", "ties")
 
 

@@ -13,7 +13,18 @@ from blockfp8_titan.conversion import plan_conversion
 from blockfp8_titan.plan import build_on_meta
 from blockfp8_titan.weight import GatheredFP8Weight
 
-from .llama import CountOps, compile_blocks, graph_calls, graph_outputs, model_of, names_as_eager, step, tokens_for
+from .data import DEVICES
+from .llama import (
+    CountOps,
+    compile_blocks,
+    graph_calls,
+    graph_outputs,
+    model_of,
+    names_as_eager,
+    saved_bytes,
+    step,
+    tokens_for,
+)
 
 SAVED = (
     _op_sac_save_list
@@ -26,16 +37,29 @@ RECOMPUTED = "gemm_1x128_128x128.recomputed"
 
 
 def converted(
-    ac_save="gemm", *, mode="op", columns_apart=False, layers=1, dtype=torch.float32, swiglu_inputs="bf16", wgrad="fp8"
+    ac_save="gemm",
+    *,
+    mode="op",
+    columns_apart=False,
+    layers=1,
+    dtype=torch.float32,
+    swiglu_inputs="bf16",
+    wgrad="fp8",
+    device="cpu",
 ):
-    """A converted model under torchtitan's checkpointing: "op", "full" or "none"."""
-    model = model_of(layers=layers, dtype=dtype)
+    """A converted model under torchtitan's checkpointing."""
+    model = model_of(layers=layers, dtype=dtype, device=device)
     report = convert_model(model, recipe=Recipe(wgrad=wgrad), swiglu_inputs=swiglu_inputs)
     prepare_for_checkpointing(model, report, ac_save, columns_apart=columns_apart)
+    checkpoint(model, mode)
+    return model
+
+
+def checkpoint(model, mode):
+    """Torchtitan's checkpointing: "op", "full" or "none"."""
     if mode != "none":
         options = {"mode": "selective", "selective_ac_option": "op"} if mode == "op" else {"mode": "full"}
         apply_ac(model, ActivationCheckpoint(**options, early_stop=True), op_sac_save_list=SAVED)
-    return model
 
 
 def plan(flavor="8B", name="llama3", rules=(), swiglu_inputs="bf16"):
@@ -236,20 +260,30 @@ def test_what_a_compiled_checkpoint_keeps_with_inputs_of_swiglu_in_fp8(ac_save, 
     assert payloads == ([] if ac_save == "none" else [M * N] * 2)
 
 
-@pytest.mark.parametrize("mode", ["op", "none"])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("wgrad", ["fp8", "fp8_block", "bf16"])
+def test_a_compiled_checkpoint_of_a_whole_block_keeps_its_input_alone(device, wgrad):
+    model = converted("none", mode="full", columns_apart=True, dtype=torch.bfloat16, wgrad=wgrad, device=device)
+    compile_blocks(model)
+    M, K = 512, 256
+    x = torch.randn(1, M, K, dtype=torch.bfloat16, device=device, requires_grad=True)
+    own = [x, model.freqs_cis, *model.parameters()]
+    kept = saved_bytes(lambda: model.layers["0"](x, model.freqs_cis, None), without=own)
+    assert kept < M * K / 4  # the state of a random number generator; the least activation in fp8, a key, is M K / 2
+
+
+@pytest.mark.parametrize("mode", ["op", "full", "none"])
 def test_weights_gathered_in_fp8_are_transposed_in_backward(mode):
     """FSDP2 frees what it gathered after forward; a transpose that forward makes for backward would stay, a byte per element."""
     # Of these sizes, the partitioner took two of the seven transposes into forward.
     model = model_of(layers=1, dtype=torch.bfloat16, dim=1024, n_heads=8, n_kv_heads=2)
     report = convert_model(model)
-    prepare_for_checkpointing(model, report, "balanced", columns_apart=mode == "op")
+    prepare_for_checkpointing(model, report, "none" if mode == "full" else "balanced", columns_apart=mode != "none")
     for linear in model.modules():
         if isinstance(linear, BlockwiseFP8Linear):
             w_q, w_dq = ops.quantize_128x128(linear.weight.detach())
             linear.weight = torch.nn.Parameter(GatheredFP8Weight(w_q, w_dq, torch.bfloat16))
-    if mode == "op":
-        options = {"mode": "selective", "selective_ac_option": "op", "early_stop": True}
-        apply_ac(model, ActivationCheckpoint(**options), op_sac_save_list=SAVED)
+    checkpoint(model, mode)
     graphs = compile_blocks(model)
     step(model, tokens_for(model, sequences=1, length=256))
     forward, backward = map(graph_calls, graphs)

@@ -15,11 +15,9 @@ from blockfp8_titan import BlockwiseFP8Linear, Recipe, ops
 from blockfp8_titan.feed_forward import GatedFeedForward, fuse_feed_forward
 from blockfp8_titan.numerics import sqnr
 
-from .data import CHECKS
+from .data import CHECKS, DEVICES
 from .llama import CountOps, gradients, saved_bytes, worst
 
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-DEVICES = ["cpu", CUDA]
 FLOATS = [torch.bfloat16, torch.float32]
 
 

@@ -11,10 +11,8 @@ from blockfp8_titan.norm import QuantizingRMSNorm
 from blockfp8_titan.numerics import sqnr
 from blockfp8_titan.weight_cache import cache_weights
 
+from .data import DEVICES
 from .llama import CountOps, compile_blocks, graph_calls, model_of, names_as_eager, saved_bytes, step, tokens_for, worst
-
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-DEVICES = ["cpu", CUDA]
 
 
 def pair(device="cpu", dtype=torch.float32, layers=1, swiglu_inputs="bf16", wgrad="fp8", **sizes):

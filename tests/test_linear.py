@@ -10,10 +10,9 @@ from torchtitan.tools.utils import set_default_dtype
 from blockfp8_titan import BlockwiseFP8Linear, Recipe
 from blockfp8_titan.numerics import SQNR_FLOOR_DB, sqnr
 
+from .data import DEVICES
 from .llama import CountOps
 
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-DEVICES = ["cpu", CUDA]
 BACKENDS = [("cpu", "auto"), *(pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("auto", "triton", "reference"))]
 FLOATS = [torch.bfloat16, torch.float32]
 

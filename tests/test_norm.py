@@ -12,10 +12,9 @@ from blockfp8_titan.norm import quantize_output_of
 from blockfp8_titan.numerics import SQNR_FLOOR_DB, sqnr
 from blockfp8_titan.recomputation import Recomputation
 
+from .data import DEVICES
 from .llama import gradients
 
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-DEVICES = ["cpu", CUDA]
 FLOATS = [torch.bfloat16, torch.float32]
 
 

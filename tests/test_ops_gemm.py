@@ -5,9 +5,8 @@ from blockfp8_titan import ops, reference
 from blockfp8_titan.numerics import GEMM_RELATIVE_ERROR, relative_error
 from blockfp8_titan.ops.backend import cublas_obstacle, is_hopper
 
-from .data import CHECKS, draw
+from .data import CHECKS, DEVICES, draw
 
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 KINDS = ["1x128_128x128", "1x128_1x128"]
 # (M, N, K): K of gemm is also the token count of dw, so any size from 0.
 SHAPES = [
@@ -131,7 +130,7 @@ def test_product_of_training_sizes(kind, backend, data):
         assert_close(exact(kind, *args), gemm(kind, *args, backend=backend))
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_blocks_multiply_to_zero(kind, device):
     args = operands(kind, 144, 144, 272, data="zero_blocks", device=device)
@@ -153,7 +152,7 @@ def test_nan_stays_visible_and_local(kind, device, backend):
     assert out[torch.arange(48) != 5].isfinite().all()
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(kind, device):
     args = operands(kind, 16, 48, 144, device=device)

@@ -4,9 +4,8 @@ import torch
 from blockfp8_titan import ops, reference
 from blockfp8_titan.ops.layouts import contiguous_rows
 
-from .data import CHECKS, KINDS, bits, draw, padding, poisoned
+from .data import CHECKS, DEVICES, KINDS, bits, draw, padding, poisoned
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OPS = [
     ops.quantize_1x128,
     ops.quantize_1x128_both,
