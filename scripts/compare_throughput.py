@@ -4,7 +4,7 @@
     python scripts/compare_throughput.py llama3_8b --data outputs/data --set training.local_batch_size=2 --rounds 3 \\
         --converters bf16 blockwise_fp8 blockwise_fp8,blockwise_fp8.wgrad=fp8_block float8_tensorwise torchao_blockwise+saved
     python scripts/compare_throughput.py llama3_8b --layers 8 --checkpointing op full --seconds 540
-    python scripts/compare_throughput.py llama3_8b --data outputs/data --nprocs 2 4 8 --name scaling_8b \\
+    python scripts/compare_throughput.py llama3_8b --data outputs/data --nprocs 4 8 --name scaling_8b \\
         --each training.local_batch_size=2 training.local_batch_size=2,parallelism.tensor_parallel_degree=2
 
 Runs plain `torchrun -m torchtitan.train`. Chips and machines differ and drift: speeds are compared within a round, on one machine,

@@ -11,6 +11,7 @@ from types import MappingProxyType
 import tomli
 import torch
 from launch import ROOT, Step, train
+from torchtitan.config import ConfigManager
 from torchtitan.models.llama3 import llama3_args
 
 TENSORWISE = "quantize.linear.float8"
@@ -180,7 +181,7 @@ def overrides_of(arm: Arm, args: argparse.Namespace, folder: Path) -> list[str]:
         args: those of `add_arguments`; settings of our section reach our converter's runs alone.
         folder: receives the run's files.
     Raises:
-        ValueError: a count below 1; --layers that do not fit the config.
+        ValueError: a count below 1; --layers that do not fit the config; see `check_parallelism`.
     """
     for name in ("steps", "nproc", "log_freq"):
         if getattr(args, name) < 1:
@@ -205,7 +206,33 @@ def overrides_of(arm: Arm, args: argparse.Namespace, folder: Path) -> list[str]:
         overrides.append(f"--model.flavor={cut_flavor(arm.config, args.layers)}")
     common = [setting for setting in args.set if arm.converter == "blockwise_fp8" or not setting.startswith(OURS)]
     settings = [*common, *CHECKPOINTING.get(arm.checkpointing, []), *arm.variant, *arm.settings]
-    return overrides + [f"--{setting}" for setting in settings]
+    overrides += [f"--{setting}" for setting in settings]
+    check_parallelism(arm, overrides, arm.nproc or args.nproc)
+    return overrides
+
+
+def check_parallelism(arm: Arm, overrides: Sequence[str], nproc: int) -> None:
+    """Raises ValueError unless an arm's parallelism fits so many processes, and computes in the precision that its config asks for."""
+    # The tokenizer may not be there yet, which torchtitan would remark upon.
+    words = ["--job.config_file", str(config_path(arm.config)), *overrides, f"--model.hf_assets_path={ROOT}"]
+    job = ConfigManager().parse_args(words)
+    degrees = job.parallelism
+    model_parallel = degrees.tensor_parallel_degree * degrees.pipeline_parallel_degree
+    others = model_parallel * degrees.data_parallel_replicate_degree * degrees.context_parallel_degree
+    shards = degrees.data_parallel_shard_degree
+    if shards < 0:
+        shards = nproc // others
+    way_out = "give these runs a command of their own, with another --nproc"
+    if shards * others != nproc:
+        raise ValueError(
+            f"{arm.work} on {nproc} processes: its degrees of parallelism multiply to {max(shards, 1) * others}: {way_out}"
+        )
+    mixed = job.training.mixed_precision_param != job.training.dtype
+    if mixed and model_parallel > 1 and shards == degrees.context_parallel_degree == 1:
+        raise ValueError(
+            f"{arm.work} on {nproc} processes: tensor and pipeline parallelism take them all, and torchtitan computes in "
+            f"{job.training.dtype} where FSDP takes none, bf16's runs too: {way_out}"
+        )
 
 
 def train_arm(

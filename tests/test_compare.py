@@ -141,6 +141,36 @@ def test_command_lines_name_no_folder_of_this_machine(tmp_path: Path) -> None:
     assert f"--model.hf_assets_path={tmp_path / 'tokenizer'}" in words
 
 
+TP = "parallelism.tensor_parallel_degree=2"
+SHARDS = "parallelism.data_parallel_shard_degree=2"
+REPLICAS = "parallelism.data_parallel_replicate_degree=2"
+
+
+@pytest.mark.parametrize(
+    "nproc, settings, refused",
+    [
+        (1, [], ""),
+        (4, [TP], ""),
+        (4, [SHARDS, REPLICAS], ""),
+        (2, [TP, "training.dtype=bfloat16"], ""),
+        (1, [TP], "on 1 processes: its degrees of parallelism multiply to 2: give these runs a command of their own"),
+        (3, [TP], "on 3 processes: its degrees of parallelism multiply to 2"),
+        (2, [SHARDS, REPLICAS], "on 2 processes: its degrees of parallelism multiply to 4"),
+        (2, [TP], "on 2 processes: .* torchtitan computes in float32 where FSDP takes none, bf16's runs too"),
+        (2, ["parallelism.pipeline_parallel_degree=2"], "on 2 processes: .* torchtitan computes in float32"),
+    ],
+)
+def test_parallelism_must_fit_the_processes_and_leave_some_to_fsdp(
+    nproc: int, settings: list[str], refused: str
+) -> None:
+    arm = Arm("debug", "blockwise_fp8", variant=tuple(settings), nproc=nproc)
+    if not refused:
+        runs.overrides_of(arm, parse(), Path("run"))
+        return
+    with pytest.raises(ValueError, match=f"^{', '.join(['debug', *settings])} {refused}"):
+        runs.overrides_of(arm, parse(), Path("run"))
+
+
 def test_models_are_cut_by_flavor(tmp_path: Path) -> None:
     assert "--model.flavor=8B-8L" in runs.overrides_of(Arm("llama3_8b", "bf16"), parse("--layers", "8"), Path("run"))
     assert runs.cut_flavor("llama3_70b", 4) == "70B-4L"
