@@ -308,29 +308,29 @@ def test_everything_runs_on_each_number_of_processes_and_under_each_setting(
         "--runs",
         str(tmp_path / "r"),
     ]
-    tp = "parallelism.tensor_parallel_degree=2"
     assert (
         compare.main(
-            [*command, "--nprocs", "2", "4", "--each", "training.local_batch_size=2", f"training.seq_len=64,{tp}"]
+            [*command, "--nprocs", "4", "8", "--each", "training.local_batch_size=2", f"training.seq_len=64,{TP}"]
         )
         == 0
     )
     assert trained == ["bf16", "blockwise_fp8"] * 4
     result = json.loads((tmp_path / "s.json").read_text())
-    assert result["nprocs"] == [2, 4] and len(result["scaling"]) == 8
+    assert result["nprocs"] == [4, 8] and len(result["scaling"]) == 8
     groups = {group.subjects[0].hardware["processes"] for group in subjects.groups_of([tmp_path / "s.json"])}
-    assert groups == {2, 4}
-    overrides = result["overrides"][f"debug, training.seq_len=64, {tp}, 4 processes/bf16"]
-    assert f"--{tp}" in overrides and "--training.seq_len=64" in overrides
+    assert groups == {4, 8}
+    overrides = result["overrides"][f"debug, training.seq_len=64, {TP}, 8 processes/bf16"]
+    assert f"--{TP}" in overrides and "--training.seq_len=64" in overrides
     text = (tmp_path / "s.md").read_text()
     assert (
-        "2 or 4 processes" in text
-        and "### debug, training.local_batch_size=2, 2 processes" in text
+        "4 or 8 processes" in text
+        and "### debug, training.local_batch_size=2, 4 processes" in text
         and "### Scaling" in text
     )
     for arguments, message in (
         (["--nprocs", "0"], "--nprocs 0: must be 1 or more"),
         (["--nprocs", "2", "2"], "the same run twice"),
+        (["--nprocs", "2", "4", "--each", TP], "on 2 processes: tensor and pipeline parallelism take them all"),
     ):
         with pytest.raises(SystemExit):
             compare.main([*command, *arguments])
