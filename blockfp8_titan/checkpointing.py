@@ -67,7 +67,8 @@ def prepare_for_checkpointing(
     Args:
         report: of the conversion.
         ac_save: see `recomputed_outputs`; "none" where checkpointing recomputes everything.
-        columns_apart: see `Recomputation`; for blocks that are compiled and checkpointed.
+        columns_apart: see `Recomputation`; for blocks that are compiled and checkpointed. With torch 2.11 all checkpoints that this
+            process compiles from then on recompute what autograd.Functions compute.
     Raises:
         ValueError: there is no such ac_save.
     """

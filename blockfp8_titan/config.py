@@ -67,8 +67,8 @@ class BlockwiseFP8:
 
     fuse: Fuse = "auto"
     """
-    Norms and feed-forwards that quantise what they compute in the kernel that computes it: "auto" where the model has torchtitan's
-    Llama, Qwen or DeepSeek blocks, "off" nowhere.
+    Norms and feed-forwards that quantise what they compute in the kernel that computes it, and RoPE of compiled Llama blocks in one
+    kernel: "auto" where the model has torchtitan's Llama, Qwen or DeepSeek blocks, "off" nowhere.
     """
 
     swiglu_inputs: SwiGLUInputs = "fp8"

@@ -22,22 +22,29 @@ _tensorwise = [
 ]
 _rowwise = [f"--{TENSORWISE}.recipe_name=rowwise", f"--{TENSORWISE}.filter_fqns=output"]
 # What each converter adds to a bf16 config; torchao's as torchtitan's documentation recommends them for Llama. "+saved": selective
-# activation checkpointing keeps the outputs of the GEMM, which torchtitan by itself recomputes.
+# activation checkpointing keeps the outputs of the GEMM, which torchtitan by itself recomputes. "+rope": compiled RoPE in real numbers,
+# as ours has it.
 CONVERTERS = {
     "bf16": [],
+    "bf16+rope": ["--model.converters=real_rope"],
     "blockwise_fp8": ["--model.converters=blockwise_fp8", "--job.custom_config_module=blockfp8_titan.config"],
     "float8_tensorwise": [f"--model.converters={TENSORWISE}", *_tensorwise],
+    "float8_tensorwise+rope": [f"--model.converters={TENSORWISE},real_rope", *_tensorwise],
     "float8_tensorwise+saved": [f"--model.converters={TENSORWISE},save_scaled_mm", *_tensorwise],
     "float8_rowwise": [f"--model.converters={TENSORWISE}", *_rowwise],
     "float8_rowwise+saved": [f"--model.converters={TENSORWISE},save_scaled_mm", *_rowwise],
     "torchao_blockwise": ["--model.converters=torchao_blockwise"],
     "torchao_blockwise+saved": ["--model.converters=torchao_blockwise,save_scaled_mm"],
 }
+ADDED = {"save_scaled_mm": "+saved", "real_rope": "+rope"}
+"""Converters that stand after another, and what they add to its name."""
 BF16 = "bf16"
 COLORS = {
     "bf16": "#9aa5b1",
+    "bf16+rope": "#cbd5e1",
     "blockwise_fp8": "#c2410c",
     "float8_tensorwise": "#1d4ed8",
+    "float8_tensorwise+rope": "#1e3a8a",
     "float8_tensorwise+saved": "#60a5fa",
     "float8_rowwise": "#15803d",
     "float8_rowwise+saved": "#4ade80",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runs import BF16, CONVERTERS, TENSORWISE
+from runs import ADDED, BF16, CONVERTERS, TENSORWISE
 
 from blockfp8_titan.conversion import ConversionReport
 from blockfp8_titan.converter import REPORT_FILE
@@ -259,13 +259,12 @@ def _deciles(values: Sequence[float]) -> tuple[float, float] | tuple[()]:
 def _converter_of(config: Mapping[str, Any]) -> str:
     """The name in runs.CONVERTERS of what a job's converters do, else theirs."""
     converters = config.get("model", {}).get("converters", [])
-    if not converters:
-        return BF16
-    name = ",".join(converters)
-    if TENSORWISE in converters:
+    own = [name for name in converters if name not in ADDED]
+    name = ",".join(own) or BF16
+    if TENSORWISE in own:
         recipe = flatten(config).get(f"{TENSORWISE}.recipe_name", "")
         name = f"float8_{recipe if recipe in ('rowwise', 'tensorwise') else 'tensorwise'}"
-    name += "+saved" if "save_scaled_mm" in converters and TENSORWISE in converters else ""
+    name += "".join(suffix for added, suffix in ADDED.items() if added in converters)
     return name if name in CONVERTERS else ",".join(converters)
 
 

@@ -4,7 +4,8 @@ Records the runs of all converters as metrics.jsonl, and registers
 - every flavor of Llama 3 cut to n layers as "FLAVOR-nL" ("8B-4L"), for GPUs that the whole model does not fit;
 - the converter "torchao_blockwise": torchao's Float8BlockwiseLinear with cuBLASLt's GEMMs, which torchtitan does not offer;
 - the converter "save_scaled_mm", to stand after another: selective activation checkpointing by op then keeps the outputs of
-  `torch._scaled_mm`, which torchtitan's list lacks.
+  `torch._scaled_mm`, which torchtitan's list lacks;
+- the converter "real_rope", to stand after another or alone: RoPE of compiled blocks as this package computes it.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from torchtitan.tools.logging import logger
 
 import blockfp8_titan.cpu  # noqa: F401
 from blockfp8_titan.metrics import record_every_job
+from blockfp8_titan.rotary import rotate_in_real_numbers
 
 LAYERS = {flavor: args.n_layers for flavor, args in llama3_args.items()}
 
@@ -47,6 +49,19 @@ class TorchaoBlockwise:
         pass
 
 
+class RealRoPE:
+    """RoPE of compiled blocks in real numbers; changes no module."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+        rotate_in_real_numbers(job_config.model.name)
+
+    def convert(self, model: nn.Module) -> None:
+        pass
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        pass
+
+
 class SaveScaledMM:
     """Adds `_scaled_mm` to the save list of the model's family; changes no module."""
 
@@ -65,5 +80,6 @@ for flavor, layers in LAYERS.items():
     for n in range(1, layers):
         llama3_args[f"{flavor}-{n}L"] = dataclasses.replace(llama3_args[flavor], n_layers=n)
 register_model_converter(TorchaoBlockwise, "torchao_blockwise")
+register_model_converter(RealRoPE, "real_rope")
 register_model_converter(SaveScaledMM, "save_scaled_mm")
 record_every_job()

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -112,20 +113,25 @@ def graph_outputs(graph: fx.GraphModule) -> list[Tensor]:
     return [value.meta["val"] for value in outputs if isinstance(value.meta["val"], Tensor)]
 
 
-def compile_blocks(model: nn.Module) -> list[fx.GraphModule]:
-    """Compile each block as torchtitan does, in place, up to inductor's own work: what is left runs as it is partitioned.
+def recording(graphs: list[fx.GraphModule]) -> Callable[..., Any]:
+    """A backend of torch.compile, up to inductor's own work: what is left runs as it is partitioned.
 
-    Returns:
-        The graphs of forward and backward, from the first step on.
+    Args:
+        graphs: receives the graphs of forward and backward, from the first step on.
     """
-    graphs: list[fx.GraphModule] = []
 
     def keep(graph: fx.GraphModule, inputs: Iterable[Tensor]) -> Callable[..., object]:
         graphs.append(graph)
         return graph
 
     torch._dynamo.reset()
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    return aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+
+
+def compile_blocks(model: nn.Module) -> list[fx.GraphModule]:
+    """Compile each block as torchtitan does, in place, by `recording`, whose graphs are returned."""
+    graphs: list[fx.GraphModule] = []
+    backend = recording(graphs)
     for name, block in model.layers.named_children():
         model.layers.register_module(name, torch.compile(block, fullgraph=True, backend=backend))
     return graphs

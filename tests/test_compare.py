@@ -23,14 +23,16 @@ import subjects
 import throughput
 import torch
 import torchtitan.models.llama3.infra.parallelize as parallelize
+import torchtitan.models.llama3.model.model as llama3
 from launch import Step, TrainingFailed
 from runs import Arm
 from throughput import Run, Speed
 from torchtitan.config import ConfigManager
 from torchtitan.models.llama3 import llama3_args
+from torchtitan.models.llama3.model.model import apply_rotary_emb
 from torchtitan.protocols.model_converter import _registry_model_converter_cls
 
-from blockfp8_titan import metrics
+from blockfp8_titan import metrics, rotary
 
 LOG = """[rank0]:[titan] 2026-01-01 00:00:10,000 - root - INFO - Training starts at step 1
 [rank1]:[titan] 2026-01-01 00:00:11,000 - root - INFO - step:  1  loss:  8.00000  grad_norm:  1.0000  memory:  1.00GiB(1%)  tps: 10
@@ -95,8 +97,8 @@ def test_settings_of_ours_reach_ours_alone() -> None:
 def test_torchtitan_reads_every_converters_command_line(converter: str) -> None:
     words = runs.overrides_of(Arm("debug", converter, checkpointing="2"), parse("--compile"), Path("run"))
     config = ConfigManager().parse_args([f"--job.config_file={runs.config_path('debug')}", *words])
-    name, _, saved = converter.partition("+")
-    assert len(config.model.converters) == (converter != "bf16") + (saved == "saved")
+    name, _, added = converter.partition("+")
+    assert len(config.model.converters) == (name != "bf16") + bool(added)
     assert config.compile.enable and config.activation_checkpoint.selective_ac_option == "2"
     assert config.quantize.linear.float8.enable_fsdp_float8_all_gather == (name == "float8_tensorwise")
 
@@ -109,6 +111,7 @@ def test_variants_register_peers_and_cut_models(monkeypatch: pytest.MonkeyPatch)
         patch.dict(llama3_args),
         patch.dict(_registry_model_converter_cls),
         patch.object(parallelize, "_op_sac_save_list", set()) as saved,
+        patch.object(llama3, "apply_rotary_emb", apply_rotary_emb),
     ):
         variants = importlib.import_module("variants")
         assert (llama3_args["8B-3L"].n_layers, llama3_args["8B-3L"].dim) == (3, 4096)
@@ -116,6 +119,10 @@ def test_variants_register_peers_and_cut_models(monkeypatch: pytest.MonkeyPatch)
         assert "torchao_blockwise" in _registry_model_converter_cls
         config = SimpleNamespace(model=SimpleNamespace(name="llama3"))
         variants.SaveScaledMM(config, None).convert(torch.nn.Linear(1, 1))
+        rotary.rotate_in_real_numbers.cache_clear()
+        variants.RealRoPE(config, None).convert(torch.nn.Linear(1, 1))
+        rotary.rotate_in_real_numbers.cache_clear()
+        assert llama3.apply_rotary_emb is not apply_rotary_emb
     assert saved == {torch.ops.aten._scaled_mm.default}
 
 

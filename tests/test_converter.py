@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from contextlib import nullcontext
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3.infra import parallelize
+from torchtitan.models.llama3.model import model as llama3
+from torchtitan.models.llama3.model.model import apply_rotary_emb
 from torchtitan.protocols import train_spec
 from torchtitan.protocols.model_converter import _registry_model_converter_cls, build_model_converters
 from torchtitan.tools import utils
@@ -24,6 +27,7 @@ from blockfp8_titan.config import BlockwiseFP8
 from blockfp8_titan.config import JobConfig as AddedConfig
 from blockfp8_titan.environment import processor_name
 from blockfp8_titan.linear import BlockwiseFP8Linear
+from blockfp8_titan.rotary import rotate_in_real_numbers
 from blockfp8_titan.rules import Rule
 from blockfp8_titan.weight import BlockwiseFP8Weight
 
@@ -36,6 +40,15 @@ class FullConfig(AddedConfig, JobConfig):
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
     monkeypatch.setattr(utils, "device_type", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def torchtitans_rope(monkeypatch):
+    """Each test begins with it, and none leaves another behind."""
+    rotate_in_real_numbers.cache_clear()
+    monkeypatch.setattr(llama3, "apply_rotary_emb", apply_rotary_emb)
+    yield
+    rotate_in_real_numbers.cache_clear()
 
 
 @pytest.fixture
@@ -75,7 +88,7 @@ def test_conversion_logs_the_table_and_the_backend_and_writes_every_row(job, tmp
     assert "layers.{0-5}.attention.wk ×6" in caplog.text and "narrow" in caplog.text
     assert "30 of 43 Linears in fp8" in caplog.text
     assert "GEMM backend: reference on cpu, chosen by auto" in caplog.text
-    assert f"device: {processor_name()}, one of 1" in caplog.text and f"torch {torch.__version__}" in caplog.text
+    assert f"device: {processor_name()}, one of 1" in caplog.text and f"torch {version('torch')}" in caplog.text
     (block,) = [record for record in caplog.records if "Blockwise fp8" in record.message]
     assert "\x1b" not in block.message
     report = json.loads((tmp_path / "run" / "blockwise_fp8_conversion.json").read_text())
@@ -338,6 +351,25 @@ def test_the_converter_keeps_no_module(job):
     made.post_optimizer_hook([model])
     assert vars(made) == before
     assert not any(isinstance(value, torch.nn.Module) for value in before.values())
+
+
+@pytest.mark.parametrize(
+    "compiled, components, fuse, replaced",
+    [
+        (True, ["model", "loss"], "auto", True),
+        (True, ["loss"], "auto", False),
+        (False, ["model"], "auto", False),
+        (True, ["model"], "off", False),
+    ],
+)
+def test_rope_of_compiled_blocks_is_in_real_numbers(job, caplog, compiled, components, fuse, replaced):
+    job.compile.enable, job.compile.components = compiled, components
+    job.blockwise_fp8 = BlockwiseFP8(fuse=fuse)
+    with caplog.at_level(logging.INFO):
+        convert(job)
+    assert (llama3.apply_rotary_emb is not apply_rotary_emb) == replaced
+    assert ("fused: RoPE of compiled blocks" in caplog.text) == replaced
+    assert not converter.rotates_in_real_numbers(job, degree=2)
 
 
 def test_where_triton_keeps_what_it_compiles_is_named_as_inductor_names_it(job, monkeypatch):

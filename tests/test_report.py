@@ -139,6 +139,9 @@ def test_a_conversion_that_cannot_be_read_is_named(fp8: Path) -> None:
         (["quantize.linear.float8"], None, "float8_tensorwise"),
         (["quantize.linear.float8"], "rowwise", "float8_rowwise"),
         (["quantize.linear.float8", "save_scaled_mm"], "rowwise", "float8_rowwise+saved"),
+        (["quantize.linear.float8", "real_rope"], None, "float8_tensorwise+rope"),
+        (["real_rope"], None, "bf16+rope"),
+        (["blockwise_fp8", "real_rope"], None, "blockwise_fp8,real_rope"),
         (["mine", "other"], None, "mine,other"),
     ],
 )
