@@ -24,7 +24,7 @@ from .formats import BLOCK
 from .ops.backend import describe_gemm_backend
 from .recipe import Fuse, SwiGLUInputs
 from .recomputation import ActivationSave
-from .rotary import has_complex_rotary_embedding, rotate_in_real_numbers
+from .rotary import has_complex_rope, rotate_in_real_numbers
 from .weight import refresh_scales
 from .weight_cache import cache_weights, drop_cached_weights
 
@@ -102,8 +102,9 @@ def fuse_beside(section: BlockwiseFP8, degree: int) -> Fuse:
 
 
 def rotates_in_real_numbers(job_config: JobConfig, degree: int) -> bool:
-    """Whether to replace RoPE in complex numbers: in compiled blocks, beside tensor parallelism of this degree."""
-    return compiles_blocks(job_config) and fuse_beside(section_of(job_config), degree) == "auto"
+    """Whether compiled blocks are to compute RoPE without complex numbers, beside tensor parallelism of this degree."""
+    by_inductor = compiles_blocks(job_config) and job_config.compile.backend == "inductor"
+    return by_inductor and fuse_beside(section_of(job_config), degree) == "auto"
 
 
 def swiglu_inputs_beside(job_config: JobConfig) -> SwiGLUInputs:
@@ -153,7 +154,9 @@ def note_on_gathers(section: BlockwiseFP8, degree: int) -> list[str]:
     ]
 
 
-def notes_on_job(report: ConversionReport, job_config: JobConfig, degree: int, fsdp: bool) -> list[str]:
+def notes_on_job(
+    model: nn.Module, report: ConversionReport, job_config: JobConfig, degree: int, fsdp: bool
+) -> list[str]:
     """What a report says about the job around the model.
 
     Args:
@@ -166,8 +169,8 @@ def notes_on_job(report: ConversionReport, job_config: JobConfig, degree: int, f
         notes += note_on_gathers(section, degree)
     if section.fuse != fuse_beside(section, degree):
         notes.append(f'fuse = "{section.fuse}" has no effect beside tensor parallelism of degree {degree}')
-    if rotates_in_real_numbers(job_config, degree) and has_complex_rotary_embedding(job_config.model.name):
-        notes.append("fused: RoPE of compiled blocks, in real numbers, which inductor makes one kernel of")
+    if rotates_in_real_numbers(job_config, degree) and has_complex_rope(model):
+        notes.append("fused: RoPE of compiled blocks, in real numbers")
     if checkpoints_by_op(job_config):
         notes.append(checkpointing_note(report, section.ac_save))
     return notes
@@ -234,9 +237,9 @@ class BlockwiseFP8Converter:
         )
         if self.job_config.compile.enable and self.device.type == "cuda":
             name_triton_cache()
-        if rotates_in_real_numbers(self.job_config, self.tensor_parallel_degree):
-            rotate_in_real_numbers(self.job_config.model.name)
-        report = report.with_notes(*notes_on_job(report, self.job_config, self.tensor_parallel_degree, self.fsdp))
+        degree = self.tensor_parallel_degree
+        rotate_in_real_numbers(model, rotates_in_real_numbers(self.job_config, degree))
+        report = report.with_notes(*notes_on_job(model, report, self.job_config, degree, self.fsdp))
         save_fp8_gemms_under_selective_checkpointing(self.job_config.model.name)
         if _rank() == 0:
             name, flavor = self.job_config.model.name, self.job_config.model.flavor

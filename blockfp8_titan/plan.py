@@ -126,7 +126,7 @@ def plan(job_config: JobConfig, model: nn.Module) -> ConversionReport:
         raise ValueError(f"[{NAME}] {error}") from error
     # The number of ranks is not known here: -1 shards over all that there are.
     fsdp = parallelism.data_parallel_shard_degree != 1 or parallelism.context_parallel_degree > 1
-    report = report.with_notes(*notes_on_job(report, job_config, degree, fsdp))
+    report = report.with_notes(*notes_on_job(model, report, job_config, degree, fsdp))
     if fsdp and degree == 1 and section.fp8_all_gather:
         report = report.with_notes(*gather_notes(report, gather_obstacles(model, report)))
     return report

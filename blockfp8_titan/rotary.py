@@ -1,17 +1,22 @@
-"""RoPE of compiled blocks in real numbers.
+"""RoPE of compiled Llama blocks in real numbers.
 
-Inductor has no complex ones: it runs PyTorch's kernels on them, in fp32, between copies from and to bf16. Without, each rotation of q or
-k, forward and backward, is one kernel that reads and writes bf16.
+torchtitan computes it in complex ones, which inductor does not have: it leaves them to PyTorch's kernels, in fp32, between copies from and
+to bf16. In real numbers a rotation of q or k is one kernel of inductor's, in forward and in backward.
 """
 
-import functools
-import inspect
 import sys
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
 from types import ModuleType
 
 import torch
+import torch.nn as nn
 from torch import Tensor
-from torchtitan.protocols.train_spec import get_train_spec
+
+_MODULES = [f"torchtitan.models.{name}.model.model" for name in ("llama3", "llama4")]
+"""Whose Attention calls the module's apply_rotary_emb(xq, xk, freqs_cis, positions), which is `rotate` of both."""
+
+_ours: set[Callable[..., object]] = set()
 
 
 def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
@@ -25,33 +30,40 @@ def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """
     factors = torch.view_as_real(freqs_cis)
     cos, sin = factors[..., :1], factors[..., 1:]
+    # Computed again in backward; of the signed sines as a tensor autograd would keep one for each block.
+    signs = 2 * torch.arange(2, device=x.device) - 1
     pairs = x.float().unflatten(-1, (-1, 2))
-    return (pairs * cos + pairs.flip(-1) * torch.cat((-sin, sin), -1)).flatten(-2).type_as(x)
+    return (pairs * cos + pairs.flip(-1) * (signs * sin)).flatten(-2).type_as(x)
 
 
-def has_complex_rotary_embedding(model_name: str) -> bool:
-    """Whether a torchtitan model family computes RoPE as Llama 3 and 4 do, by a function of its module."""
-    module = _module_of(model_name)
-    function = getattr(module, "apply_rotary_emb", None)
-    return (
-        function is not None
-        and hasattr(module, "reshape_for_broadcast")
-        and [*inspect.signature(function).parameters] == ["xq", "xk", "freqs_cis", "positions"]
-    )
+def has_complex_rope(model: nn.Module) -> bool:
+    """Whether attention in a model computes RoPE as torchtitan's Llama 3 and 4 do, by torchtitan's own function."""
+    return any(True for _ in _modules_of(model))
 
 
-@functools.cache
-def rotate_in_real_numbers(model_name: str) -> None:
-    """Let compiled blocks of a torchtitan model family compute RoPE by `rotate`; eager ones, and other kinds of RoPE, go on as they did.
+def rotate_in_real_numbers(model: nn.Module, wanted: bool = True) -> None:
+    """Let compiled blocks of such a model compute RoPE by `rotate`, or by torchtitan's function again; eager ones go on as they did.
 
-    The function that blocks call belongs to the family's module, and serves all its models in this process.
+    The function belongs to the module of the model's class: all models of that class in this process share it.
     """
-    if not has_complex_rotary_embedding(model_name):
-        return
-    module = _module_of(model_name)
-    original, reshape_for_broadcast = module.apply_rotary_emb, module.reshape_for_broadcast
+    for module in _modules_of(model):
+        function = module.apply_rotary_emb
+        original = function.__wrapped__ if function in _ours else function
+        module.apply_rotary_emb = _in_real_numbers(original, module.reshape_for_broadcast) if wanted else original
 
-    @functools.wraps(original)
+
+def _modules_of(model: nn.Module) -> Iterator[ModuleType]:
+    found = {type(part).__module__ for part in model.modules() if type(part).__name__ == "Attention"}
+    for module in map(sys.modules.__getitem__, sorted(found.intersection(_MODULES))):
+        function = module.apply_rotary_emb
+        # Not what somebody else has put there.
+        if function in _ours or (function.__module__ == module.__name__ and not hasattr(function, "__wrapped__")):
+            yield module
+
+
+@cache
+def _in_real_numbers(original: Callable[..., tuple[Tensor, Tensor]], reshape_for_broadcast: Callable[..., Tensor]):
+    @wraps(original)
     def apply_rotary_emb(
         xq: Tensor, xk: Tensor, freqs_cis: Tensor, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -60,8 +72,5 @@ def rotate_in_real_numbers(model_name: str) -> None:
         freqs_cis = reshape_for_broadcast(freqs_cis, xq[..., ::2], positions)
         return rotate(xq, freqs_cis), rotate(xk, freqs_cis)
 
-    module.apply_rotary_emb = apply_rotary_emb
-
-
-def _module_of(model_name: str) -> ModuleType:
-    return sys.modules[get_train_spec(model_name).model_cls.__module__]
+    _ours.add(apply_rotary_emb)
+    return apply_rotary_emb

@@ -1,6 +1,7 @@
 """Training runs to compare: a bf16 config, a converter, settings. What the comparisons of loss, throughput and kernels share."""
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,6 @@ from types import MappingProxyType
 import tomli
 import torch
 from launch import ROOT, Step, train
-from torchtitan.config import ConfigManager
 from torchtitan.models.llama3 import llama3_args
 
 TENSORWISE = "quantize.linear.float8"
@@ -218,27 +218,50 @@ def overrides_of(arm: Arm, args: argparse.Namespace, folder: Path) -> list[str]:
     return overrides
 
 
+DEGREES = {
+    "tensor_parallel": 1,
+    "pipeline_parallel": 1,
+    "context_parallel": 1,
+    "data_parallel_replicate": 1,
+    "data_parallel_shard": -1,
+}
+"""torchtitan's, of a job that does not set them."""
+
+
 def check_parallelism(arm: Arm, overrides: Sequence[str], nproc: int) -> None:
     """Raises ValueError unless an arm's parallelism fits so many processes, and computes in the precision that its config asks for."""
-    # The tokenizer may not be there yet, which torchtitan would remark upon.
-    words = ["--job.config_file", str(config_path(arm.config)), *overrides, f"--model.hf_assets_path={ROOT}"]
-    job = ConfigManager().parse_args(words)
-    degrees = job.parallelism
-    model_parallel = degrees.tensor_parallel_degree * degrees.pipeline_parallel_degree
-    others = model_parallel * degrees.data_parallel_replicate_degree * degrees.context_parallel_degree
-    shards = degrees.data_parallel_shard_degree
-    if shards < 0:
-        shards = nproc // others
-    way_out = "give these runs a command of their own, with another --nproc"
+    table = tomli.loads(config_path(arm.config).read_text())
+    given = dict(word.removeprefix("--").split("=", 1) for word in overrides if "=" in word)
+
+    def setting(section: str, key: str, default: int | str) -> int | str:
+        return given.get(f"{section}.{key}", table.get(section, {}).get(key, default))
+
+    degrees = {}
+    for name, default in DEGREES.items():
+        key = f"{name}_degree"
+        try:
+            degrees[name] = int(value := setting("parallelism", key, default))
+        except ValueError:
+            raise ValueError(f"parallelism.{key} = {value!r}: must be a number") from None
+        if degrees[name] < 1 and (name, degrees[name]) != ("data_parallel_shard", -1):
+            raise ValueError(f"parallelism.{key} = {degrees[name]}: must be 1 or more")
+    shards = degrees.pop("data_parallel_shard")
+    others = math.prod(degrees.values())
+    if shards == -1:
+        shards = max(nproc // others, 1)
+    where = f"{arm.work} on {nproc} processes"
     if shards * others != nproc:
         raise ValueError(
-            f"{arm.work} on {nproc} processes: its degrees of parallelism multiply to {max(shards, 1) * others}: {way_out}"
+            f"{where}: its degrees of parallelism multiply to {shards * others}; change one of them, or give these runs a command of "
+            "their own, with another --nproc"
         )
-    mixed = job.training.mixed_precision_param != job.training.dtype
-    if mixed and model_parallel > 1 and shards == degrees.context_parallel_degree == 1:
+    model_parallel = degrees["tensor_parallel"] * degrees["pipeline_parallel"]
+    dtype = setting("training", "dtype", "float32")
+    mixed = setting("training", "mixed_precision_param", "bfloat16") != dtype
+    if mixed and model_parallel > 1 and shards == degrees["context_parallel"] == 1:
         raise ValueError(
-            f"{arm.work} on {nproc} processes: tensor and pipeline parallelism take them all, and torchtitan computes in "
-            f"{job.training.dtype} where FSDP takes none, bf16's runs too: {way_out}"
+            f"{where}: beside tensor and pipeline parallelism none are left to FSDP, without which torchtitan computes in {dtype} there, "
+            "bf16's runs too; give these runs a command of their own, with a higher --nproc, or set training.dtype=bfloat16"
         )
 
 

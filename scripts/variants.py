@@ -22,7 +22,7 @@ from torchtitan.tools.logging import logger
 
 import blockfp8_titan.cpu  # noqa: F401
 from blockfp8_titan.metrics import record_every_job
-from blockfp8_titan.rotary import rotate_in_real_numbers
+from blockfp8_titan.rotary import has_complex_rope, rotate_in_real_numbers
 
 LAYERS = {flavor: args.n_layers for flavor, args in llama3_args.items()}
 
@@ -50,13 +50,23 @@ class TorchaoBlockwise:
 
 
 class RealRoPE:
-    """RoPE of compiled blocks in real numbers; changes no module."""
+    """RoPE of compiled blocks in real numbers; changes no module.
+
+    Raises:
+        ValueError: nothing is compiled by inductor, or the model has no RoPE of this kind; runs would be named for what they do not do.
+    """
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
-        rotate_in_real_numbers(job_config.model.name)
+        compiles = job_config.compile
+        if not (compiles.enable and "model" in compiles.components and compiles.backend == "inductor"):
+            raise ValueError(
+                'real_rope: blocks must be compiled by inductor; set compile.enable = true, or leave out "+rope"'
+            )
 
     def convert(self, model: nn.Module) -> None:
-        pass
+        if not has_complex_rope(model):
+            raise ValueError('real_rope: the model computes no RoPE in complex numbers; leave out "+rope"')
+        rotate_in_real_numbers(model)
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         pass

@@ -27,12 +27,12 @@ import torchtitan.models.llama3.model.model as llama3
 from launch import Step, TrainingFailed
 from runs import Arm
 from throughput import Run, Speed
-from torchtitan.config import ConfigManager
+from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.models.llama3 import llama3_args
 from torchtitan.models.llama3.model.model import apply_rotary_emb
 from torchtitan.protocols.model_converter import _registry_model_converter_cls
 
-from blockfp8_titan import metrics, rotary
+from blockfp8_titan import metrics
 
 LOG = """[rank0]:[titan] 2026-01-01 00:00:10,000 - root - INFO - Training starts at step 1
 [rank1]:[titan] 2026-01-01 00:00:11,000 - root - INFO - step:  1  loss:  8.00000  grad_norm:  1.0000  memory:  1.00GiB(1%)  tps: 10
@@ -119,10 +119,15 @@ def test_variants_register_peers_and_cut_models(monkeypatch: pytest.MonkeyPatch)
         assert "torchao_blockwise" in _registry_model_converter_cls
         config = SimpleNamespace(model=SimpleNamespace(name="llama3"))
         variants.SaveScaledMM(config, None).convert(torch.nn.Linear(1, 1))
-        rotary.rotate_in_real_numbers.cache_clear()
-        variants.RealRoPE(config, None).convert(torch.nn.Linear(1, 1))
-        rotary.rotate_in_real_numbers.cache_clear()
+        compiled = JobConfig()
+        with pytest.raises(ValueError, match="real_rope: blocks must be compiled by inductor"):
+            variants.RealRoPE(compiled, None)
+        compiled.compile.enable = True
+        with torch.device("meta"):
+            variants.RealRoPE(compiled, None).convert(llama3.Transformer(llama3_args["debugmodel"]))
         assert llama3.apply_rotary_emb is not apply_rotary_emb
+        with pytest.raises(ValueError, match="real_rope: the model computes no RoPE in complex numbers"):
+            variants.RealRoPE(compiled, None).convert(torch.nn.Linear(1, 1))
     assert saved == {torch.ops.aten._scaled_mm.default}
 
 
@@ -159,11 +164,12 @@ REPLICAS = "parallelism.data_parallel_replicate_degree=2"
         (1, [], ""),
         (4, [TP], ""),
         (4, [SHARDS, REPLICAS], ""),
+        (4, [TP, "parallelism.context_parallel_degree=2"], ""),
         (2, [TP, "training.dtype=bfloat16"], ""),
-        (1, [TP], "on 1 processes: its degrees of parallelism multiply to 2: give these runs a command of their own"),
+        (1, [TP], "on 1 processes: its degrees of parallelism multiply to 2; change one of them, or give"),
         (3, [TP], "on 3 processes: its degrees of parallelism multiply to 2"),
         (2, [SHARDS, REPLICAS], "on 2 processes: its degrees of parallelism multiply to 4"),
-        (2, [TP], "on 2 processes: .* torchtitan computes in float32 where FSDP takes none, bf16's runs too"),
+        (2, [TP], "on 2 processes: .* none are left to FSDP, .* computes in float32 there, bf16's runs too"),
         (2, ["parallelism.pipeline_parallel_degree=2"], "on 2 processes: .* torchtitan computes in float32"),
     ],
 )
@@ -176,6 +182,23 @@ def test_parallelism_must_fit_the_processes_and_leave_some_to_fsdp(
         return
     with pytest.raises(ValueError, match=f"^{', '.join(['debug', *settings])} {refused}"):
         runs.overrides_of(arm, parse(), Path("run"))
+
+
+def test_processes_are_counted_and_degrees_are_numbers() -> None:
+    assert runs.overrides_of(Arm("debug", "bf16", (TP,)), parse("--nproc", "4"), Path("run"))
+    with pytest.raises(ValueError, match="^debug on 3 processes: its degrees of parallelism multiply to 2"):
+        runs.overrides_of(Arm("debug", "bf16", (TP,)), parse("--nproc", "3"), Path("run"))
+    with pytest.raises(ValueError, match="^llama3_70b on 2 processes: its degrees of parallelism multiply to 8"):
+        runs.overrides_of(Arm("llama3_70b", "bf16"), parse("--nproc", "2"), Path("run"))
+    for value, message in (
+        ("0", "0: must be 1 or more"),
+        ("-1", "-1: must be 1 or more"),
+        ("two", "'two': must be a number"),
+    ):
+        with pytest.raises(ValueError, match=f"^parallelism.tensor_parallel_degree = {message}"):
+            runs.overrides_of(Arm("debug", "bf16", (f"{TP[:-1]}{value}",)), parse(), Path("run"))
+    with pytest.raises(ValueError, match="^parallelism.data_parallel_shard_degree = -2: must be 1 or more"):
+        runs.overrides_of(Arm("debug", "bf16", (f"{SHARDS[:-1]}-2",)), parse(), Path("run"))
 
 
 def test_models_are_cut_by_flavor(tmp_path: Path) -> None:
@@ -337,7 +360,10 @@ def test_everything_runs_on_each_number_of_processes_and_under_each_setting(
     for arguments, message in (
         (["--nprocs", "0"], "--nprocs 0: must be 1 or more"),
         (["--nprocs", "2", "2"], "the same run twice"),
-        (["--nprocs", "2", "4", "--each", TP], "on 2 processes: tensor and pipeline parallelism take them all"),
+        (
+            ["--nprocs", "2", "4", "--each", TP],
+            "on 2 processes: beside tensor and pipeline parallelism none are left to FSDP",
+        ),
     ):
         with pytest.raises(SystemExit):
             compare.main([*command, *arguments])

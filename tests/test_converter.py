@@ -27,7 +27,6 @@ from blockfp8_titan.config import BlockwiseFP8
 from blockfp8_titan.config import JobConfig as AddedConfig
 from blockfp8_titan.environment import processor_name
 from blockfp8_titan.linear import BlockwiseFP8Linear
-from blockfp8_titan.rotary import rotate_in_real_numbers
 from blockfp8_titan.rules import Rule
 from blockfp8_titan.weight import BlockwiseFP8Weight
 
@@ -45,10 +44,7 @@ def on_cpu(monkeypatch):
 @pytest.fixture(autouse=True)
 def torchtitans_rope(monkeypatch):
     """Each test begins with it, and none leaves another behind."""
-    rotate_in_real_numbers.cache_clear()
     monkeypatch.setattr(llama3, "apply_rotary_emb", apply_rotary_emb)
-    yield
-    rotate_in_real_numbers.cache_clear()
 
 
 @pytest.fixture
@@ -354,22 +350,30 @@ def test_the_converter_keeps_no_module(job):
 
 
 @pytest.mark.parametrize(
-    "compiled, components, fuse, replaced",
+    "enable, components, backend, fuse",
     [
-        (True, ["model", "loss"], "auto", True),
-        (True, ["loss"], "auto", False),
-        (False, ["model"], "auto", False),
-        (True, ["model"], "off", False),
+        (True, ["loss"], "inductor", "auto"),
+        (False, ["model"], "inductor", "auto"),
+        (True, ["model"], "aot_eager", "auto"),
+        (True, ["model"], "inductor", "off"),
     ],
 )
-def test_rope_of_compiled_blocks_is_in_real_numbers(job, caplog, compiled, components, fuse, replaced):
-    job.compile.enable, job.compile.components = compiled, components
-    job.blockwise_fp8 = BlockwiseFP8(fuse=fuse)
-    with caplog.at_level(logging.INFO):
-        convert(job)
-    assert (llama3.apply_rotary_emb is not apply_rotary_emb) == replaced
-    assert ("fused: RoPE of compiled blocks" in caplog.text) == replaced
+def test_rope_of_compiled_blocks_is_in_real_numbers(job, caplog, enable, components, backend, fuse):
+    def replaced_by_conversion():
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            convert(job)
+        replaced = llama3.apply_rotary_emb is not apply_rotary_emb
+        assert ("fused: RoPE of compiled blocks" in caplog.text) == replaced
+        return replaced
+
+    job.compile.enable = True
+    job.blockwise_fp8 = BlockwiseFP8()
+    assert replaced_by_conversion()
     assert not converter.rotates_in_real_numbers(job, degree=2)
+    job.compile.enable, job.compile.components, job.compile.backend = enable, components, backend
+    job.blockwise_fp8 = BlockwiseFP8(fuse=fuse)
+    assert not replaced_by_conversion()
 
 
 def test_where_triton_keeps_what_it_compiles_is_named_as_inductor_names_it(job, monkeypatch):

@@ -142,6 +142,12 @@ def test_a_conversion_that_cannot_be_read_is_named(fp8: Path) -> None:
         (["quantize.linear.float8", "real_rope"], None, "float8_tensorwise+rope"),
         (["real_rope"], None, "bf16+rope"),
         (["blockwise_fp8", "real_rope"], None, "blockwise_fp8,real_rope"),
+        (["torchao_blockwise", "save_scaled_mm"], None, "torchao_blockwise+saved"),
+        (
+            ["quantize.linear.float8", "real_rope", "save_scaled_mm"],
+            None,
+            "quantize.linear.float8,real_rope,save_scaled_mm",
+        ),
         (["mine", "other"], None, "mine,other"),
     ],
 )
