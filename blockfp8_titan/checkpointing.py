@@ -113,7 +113,6 @@ def _tag_autograd_functions(graph: GraphModule) -> None:
         for node in forward.graph.nodes:
             if node.op.startswith("call_"):
                 node.meta |= {key: call.meta[key] for key in ("ac_graph_id", "recompute")}
-        _tag_autograd_functions(forward)
 
 
 def checkpointing_note(report: ConversionReport, ac_save: ActivationSave) -> str:

@@ -56,9 +56,9 @@ def converted(
 
 
 def checkpoint(model, mode):
-    """Torchtitan's checkpointing: "op", "full" or "none"."""
+    """Torchtitan's checkpointing: "op", "full", "none", or "1", of every layer as if of every second."""
     if mode != "none":
-        options = {"mode": "selective", "selective_ac_option": "op"} if mode == "op" else {"mode": "full"}
+        options = {"mode": "full"} if mode == "full" else {"mode": "selective", "selective_ac_option": mode}
         apply_ac(model, ActivationCheckpoint(**options, early_stop=True), op_sac_save_list=SAVED)
 
 
@@ -261,9 +261,10 @@ def test_what_a_compiled_checkpoint_keeps_with_inputs_of_swiglu_in_fp8(ac_save, 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("wgrad", ["fp8", "fp8_block", "bf16"])
-def test_a_compiled_checkpoint_of_a_whole_block_keeps_its_input_alone(device, wgrad):
-    model = converted("none", mode="full", columns_apart=True, dtype=torch.bfloat16, wgrad=wgrad, device=device)
+@pytest.mark.parametrize("mode, wgrad", [("full", "fp8"), ("full", "fp8_block"), ("full", "bf16"), ("1", "fp8")])
+def test_a_compiled_checkpoint_of_a_whole_block_keeps_its_input_alone(device, mode, wgrad):
+    ac_save = "none" if mode == "full" else "gemm"
+    model = converted(ac_save, mode=mode, columns_apart=True, dtype=torch.bfloat16, wgrad=wgrad, device=device)
     compile_blocks(model)
     M, K = 512, 256
     x = torch.randn(1, M, K, dtype=torch.bfloat16, device=device, requires_grad=True)
