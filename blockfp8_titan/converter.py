@@ -78,6 +78,10 @@ def compiles_blocks(job_config: JobConfig) -> bool:
     return job_config.compile.enable and "model" in job_config.compile.components
 
 
+def compiles_blocks_by_inductor(job_config: JobConfig) -> bool:
+    return compiles_blocks(job_config) and job_config.compile.backend == "inductor"
+
+
 def checkpoints_by_op(job_config: JobConfig) -> bool:
     """Whether selective activation checkpointing decides op by op."""
     checkpointing = job_config.activation_checkpoint
@@ -103,8 +107,7 @@ def fuse_beside(section: BlockwiseFP8, degree: int) -> Fuse:
 
 def rotates_in_real_numbers(job_config: JobConfig, degree: int) -> bool:
     """Whether compiled blocks are to compute RoPE without complex numbers, beside tensor parallelism of this degree."""
-    by_inductor = compiles_blocks(job_config) and job_config.compile.backend == "inductor"
-    return by_inductor and fuse_beside(section_of(job_config), degree) == "auto"
+    return compiles_blocks_by_inductor(job_config) and fuse_beside(section_of(job_config), degree) == "auto"
 
 
 def swiglu_inputs_beside(job_config: JobConfig) -> SwiGLUInputs:
@@ -160,6 +163,7 @@ def notes_on_job(
     """What a report says about the job around the model.
 
     Args:
+        report: of the model's conversion.
         degree: of tensor parallelism.
         fsdp: whether FSDP shards the model.
     """

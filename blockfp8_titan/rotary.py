@@ -6,7 +6,7 @@ to bf16. In real numbers a rotation of q or k is one kernel of inductor's, in fo
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, wraps
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -15,8 +15,6 @@ from torch import Tensor
 
 _MODULES = [f"torchtitan.models.{name}.model.model" for name in ("llama3", "llama4")]
 """Whose Attention calls the module's apply_rotary_emb(xq, xk, freqs_cis, positions), which is `rotate` of both."""
-
-_ours: set[Callable[..., object]] = set()
 
 
 def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
@@ -48,7 +46,7 @@ def rotate_in_real_numbers(model: nn.Module, wanted: bool = True) -> None:
     """
     for module in _modules_of(model):
         function = module.apply_rotary_emb
-        original = function.__wrapped__ if function in _ours else function
+        original = function.__wrapped__ if function.__module__ == __name__ else function
         module.apply_rotary_emb = _in_real_numbers(original, module.reshape_for_broadcast) if wanted else original
 
 
@@ -56,14 +54,16 @@ def _modules_of(model: nn.Module) -> Iterator[ModuleType]:
     found = {type(part).__module__ for part in model.modules() if type(part).__name__ == "Attention"}
     for module in map(sys.modules.__getitem__, sorted(found.intersection(_MODULES))):
         function = module.apply_rotary_emb
-        # Not what somebody else has put there.
-        if function in _ours or (function.__module__ == module.__name__ and not hasattr(function, "__wrapped__")):
+        # Not what somebody else has put there, whatever it says that it wraps.
+        torchtitans = function.__module__ == module.__name__ and not hasattr(function, "__wrapped__")
+        if torchtitans or function.__module__ == __name__:
             yield module
 
 
 @cache
-def _in_real_numbers(original: Callable[..., tuple[Tensor, Tensor]], reshape_for_broadcast: Callable[..., Tensor]):
-    @wraps(original)
+def _in_real_numbers(
+    original: Callable[..., tuple[Tensor, Tensor]], reshape_for_broadcast: Callable[..., Tensor]
+) -> Callable[..., tuple[Tensor, Tensor]]:
     def apply_rotary_emb(
         xq: Tensor, xk: Tensor, freqs_cis: Tensor, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -72,5 +72,5 @@ def _in_real_numbers(original: Callable[..., tuple[Tensor, Tensor]], reshape_for
         freqs_cis = reshape_for_broadcast(freqs_cis, xq[..., ::2], positions)
         return rotate(xq, freqs_cis), rotate(xk, freqs_cis)
 
-    _ours.add(apply_rotary_emb)
+    apply_rotary_emb.__wrapped__ = original
     return apply_rotary_emb

@@ -21,6 +21,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
 import blockfp8_titan.cpu  # noqa: F401
+from blockfp8_titan.converter import compiles_blocks_by_inductor
 from blockfp8_titan.metrics import record_every_job
 from blockfp8_titan.rotary import has_complex_rope, rotate_in_real_numbers
 
@@ -57,8 +58,7 @@ class RealRoPE:
     """
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
-        compiles = job_config.compile
-        if not (compiles.enable and "model" in compiles.components and compiles.backend == "inductor"):
+        if not compiles_blocks_by_inductor(job_config):
             raise ValueError(
                 'real_rope: blocks must be compiled by inductor; set compile.enable = true, or leave out "+rope"'
             )

@@ -93,7 +93,7 @@ def test_rope_of_other_families_is_left_alone(replaced, name):
     assert new is original and not rotary.has_complex_rope(model_of(name, layers=1))
 
 
-def test_what_somebody_else_has_put_there_is_left_alone(replaced, monkeypatch):
+def test_what_somebody_else_has_put_there_is_left_alone(monkeypatch):
     model = model_of(layers=1)
     module = sys.modules[type(model).__module__]
     original = module.apply_rotary_emb
