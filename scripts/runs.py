@@ -41,7 +41,7 @@ ADDED = {"save_scaled_mm": "+saved", "real_rope": "+rope"}
 BF16 = "bf16"
 COLORS = {
     "bf16": "#9aa5b1",
-    "bf16+rope": "#cbd5e1",
+    "bf16+rope": "#64748b",
     "blockwise_fp8": "#c2410c",
     "float8_tensorwise": "#1d4ed8",
     "float8_tensorwise+rope": "#1e3a8a",
